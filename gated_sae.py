@@ -1,0 +1,764 @@
+"""Gated Sparse Autoencoders: every variant and loss, in one file.
+
+A sparse autoencoder (SAE) explains an activation vector as a sum of a few directions out of a large
+learned dictionary. The L1 penalty that keeps the sum short also pulls every coefficient towards
+zero: it *shrinks*. A Gated SAE pays the penalty only for deciding *which* directions are used, not
+for *how strongly*, and so reconstructs as well with fewer of them.
+
+    Rajamanoharan, Conmy, Smith, Lieberum, Varma, Kramár, Shah, Nanda: Improving Dictionary Learning
+    with Gated Sparse Autoencoders, arXiv 2404.16014v2. Below: "the paper".
+
+Legend. A batch is a matrix of rows. Every parameter may carry leading `stack` dimensions: many SAEs
+in one module, which run as one.
+
+    x        x           (..., batch, d_in)    activations
+    x̂        x_hat       (..., batch, d_in)    their reconstruction
+    f, f̃     f           (..., batch, d_sae)   how strongly each latent fires: standard, gated
+    π_gate   pi_gate     (..., batch, d_sae)   a latent fires where this is positive,
+    π_mag    pi_mag      (..., batch, d_sae)   and, if it does, this strongly
+    W_enc    W_enc       (..., d_in, d_sae)    encoder: the paper's W_gate, transposed
+    W_dec    W_dec       (..., d_sae, d_in)    decoder: row i is dictionary direction d_i, of norm 1
+    b_dec    b_dec       (..., d_in)           subtracted before encoding, added after decoding
+    b_…, r_… same names  (..., d_sae)          b_enc (standard); b_gate, b_mag, r_mag (gated)
+    λ        l1          () or stack           weight of the sparsity penalty
+    E        .mean(-1)                         mean over the batch, of a *sum* over features
+
+Map.  2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient vanishes · 5 the
+auxiliary task · 6 weight tying · 8 metrics · 9 training · 12 files.  Nothing uses what comes later:
+stop after any section and own what came before.
+
+Departures from the paper: W_enc starts as a copy of W_dec transposed, and λ warms up (both became
+practice later); the untied variant has no r_mag, since W_mag has scales of its own.
+"""
+
+import json
+import math
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# -- 2 · The standard SAE and its shrinkage --------------------------------------------------------
+# The dictionary has more directions than x has dimensions, so many sums give the same x; the L1
+# penalty asks for a short one. But it charges in the wrong currency: by size, where we only meant
+# to charge for use.
+
+
+def shrink(x: Tensor, l1: float) -> Tensor:
+    """argmin over f ≥ 0 of (x - f)² + λ f  =  max(0, x - λ/2): what L1 does to one coefficient.
+
+    The derivative -2 (x - f) + λ is zero at f = x - λ/2. Small coefficients go to zero, which is
+    what the penalty is for. All others come out λ/2 too small, which nobody asked for: shrinkage.
+    """
+    return F.relu(x - l1 / 2)
+
+
+def rows(v: Tensor) -> Tensor:
+    """A vector per SAE as a row that broadcasts over its batch: (..., n) -> (..., 1, n)."""
+    return v.unsqueeze(-2)
+
+
+def decode(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """x̂(f) = f W_dec + b_dec: (..., batch, d_sae) -> (..., batch, d_in)."""
+    return f @ W_dec + rows(b_dec)
+
+
+def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
+    """E‖x - x̂‖²: (..., batch, d_in) twice -> (...)."""
+    return (x - x_hat).square().sum(-1).mean(-1)
+
+
+class Losses(NamedTuple):
+    """The terms of a loss, each of shape `stack`. A term that a variant lacks is zero."""
+
+    reconstruct: Tensor
+    sparsity: Tensor
+    aux: Tensor
+
+    def total(self, l1: float | Tensor) -> Tensor:
+        """reconstruct + λ sparsity + aux, of shape `stack`, for λ a number or of shape `stack`."""
+        return self.reconstruct + l1 * self.sparsity + self.aux
+
+
+def l1_losses(x: Tensor, f: Tensor, charged: Tensor, W_dec: Tensor, b_dec: Tensor) -> Losses:
+    """E‖x - x̂(f)‖² + λ E‖charged‖₁, for f, charged ≥ 0 of shape (..., batch, d_sae).
+
+    A standard SAE is charged for f itself (section 2.2 of the paper), and that shrinks f.
+    """
+    reconstruct = squared_error(x, decode(f, W_dec, b_dec))
+    return Losses(reconstruct, charged.sum(-1).mean(-1), torch.zeros_like(reconstruct))
+
+
+class SAE(nn.Module, ABC):
+    """What all variants share: the dictionary, its constraint, decoding, and the checks.
+
+    stack      leading dimensions: `stack=(12,)` is twelve independent SAEs
+    normalize  divide the squared errors in `losses` by E‖x‖² of the batch, so that λ and learning
+               rate carry over between sites that differ in scale (authors' comment, A7)
+    generator  draws the initial dictionary; None is seed 0, never the global generator
+
+    A single SAE encodes x with any leading dimensions; a stack takes (*stack, batch, d_in), or
+    (batch, d_in) shared by all. Wrong shapes raise ValueError, wrong dtypes TypeError.
+    """
+
+    architecture: str
+    latent_vectors: tuple[str, ...]  # names of the parameters of shape (..., d_sae)
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        stack: int | Sequence[int] = (),
+        normalize: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        stack = (stack,) if isinstance(stack, int) else stack
+        self.d_in, self.d_sae = _positive_int("d_in", d_in), _positive_int("d_sae", d_sae)
+        self.stack = tuple(_positive_int("a dimension of stack", n) for n in stack)
+        self.normalize = bool(normalize)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}, expected a floating-point dtype")
+        W_dec = torch.empty(*self.stack, d_sae, d_in, device=device, dtype=dtype)
+        if not W_dec.is_meta:  # on the meta device `load` asks for shapes only
+            generator = generator or torch.Generator().manual_seed(0)
+            at = dict(generator=generator, device=generator.device, dtype=W_dec.dtype)
+            W_dec.copy_(F.normalize(torch.randn(W_dec.shape, **at), dim=-1))
+        self.W_dec = nn.Parameter(W_dec)
+        # The encoder starts out looking along the directions it decodes to (A6). It is a copy: a
+        # transposed view would share memory, and the two would stay tied for ever.
+        self.W_enc = nn.Parameter(W_dec.mT.clone(memory_format=torch.contiguous_format))
+        self.b_dec = nn.Parameter(torch.zeros_like(W_dec[..., 0, :]))
+        for name in self.latent_vectors:
+            setattr(self, name, nn.Parameter(torch.zeros_like(W_dec[..., 0])))
+
+    @property
+    def config(self) -> dict:
+        """The constructor's arguments: `type(sae)(**sae.config)` is an untrained sae like this."""
+        return dict(d_in=self.d_in, d_sae=self.d_sae, stack=self.stack, normalize=self.normalize)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """f, how strongly each latent fires: (..., batch, d_in) -> (..., batch, d_sae), all ≥ 0."""
+
+    @abstractmethod
+    def loss_terms(self, x: Tensor) -> Losses:
+        """The terms before `normalize`."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """(x - b_dec) W_enc, the encoder's one product: (..., d_in) -> (..., d_sae)."""
+        return (x - rows(self.b_dec)) @ self.W_enc
+
+    def decode(self, f: Tensor) -> Tensor:
+        """x̂(f) = f W_dec + b_dec: (..., batch, d_sae) -> (..., batch, d_in)."""
+        return decode(f, self.W_dec, self.b_dec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x̂: (..., batch, d_in) -> the same, with `stack` in front where x was shared."""
+        return self.decode(self.encode(x))
+
+    def losses(self, x: Tensor) -> Losses:
+        """The terms of this variant's loss on (batch, d_in) or (*stack, batch, d_in)."""
+        self.check(x)
+        if x.shape[:-2] not in ((), self.stack):
+            raise ValueError(f"x is {tuple(x.shape)}, expected (batch, {self.d_in}): flatten it")
+        terms = self.loss_terms(x)
+        if not self.normalize:
+            return terms
+        x_sq = x.square().sum(-1).mean(-1)
+        x_sq = torch.where(x_sq > 0, x_sq, 1)  # an all-zero batch has no scale to divide by
+        return terms._replace(reconstruct=terms.reconstruct / x_sq, aux=terms.aux / x_sq)
+
+    def check(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless x is a batch that this SAE can take."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x is {kind}, expected a floating-point tensor")
+        if x.dtype != self.W_enc.dtype:
+            raise TypeError(f"x is {x.dtype}, expected {self.W_enc.dtype} like the SAE")
+        if x.ndim < 2 or x.shape[-1] != self.d_in or x.numel() == 0:
+            raise ValueError(f"x is {tuple(x.shape)}, expected (..., batch ≥ 1, {self.d_in})")
+        if self.stack and x.shape[:-2] not in ((), self.stack):
+            raise ValueError(f"x is {tuple(x.shape)}, expected {self.stack} or () before the rows")
+
+    # Rows of W_dec have norm 1, or the penalty could be dodged: with d_i twice as long, half of f_i
+    # gives the same x̂ at half the price. Each step removes the gradient's radial part, steps, and
+    # then renormalises. Renormalising first would leave the trained dictionary off the constraint;
+    # and a radial part would only go into Adam's moments, there to shorten the useful steps.
+
+    @torch.no_grad()
+    def remove_radial_gradient(self) -> None:
+        """grad d_i ← grad d_i - (grad d_i · d_i) d_i, for the unit rows d_i of W_dec."""
+        grad, d = self.W_dec.grad, self.W_dec
+        grad -= (grad * d).sum(-1, keepdim=True) * d
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """d_i ← d_i / ‖d_i‖. A row of zeros stays zero."""
+        tiny = torch.finfo(self.W_dec.dtype).tiny
+        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp_min(tiny)
+
+
+class StandardSAE(SAE):
+    """f = ReLU((x - b_dec) W_enc + b_enc), section 2.2 of the paper. Options: see `SAE`."""
+
+    architecture = "standard"
+    latent_vectors = ("b_enc",)
+
+    def encode(self, x: Tensor) -> Tensor:
+        self.check(x)
+        return F.relu(self.project(x) + rows(self.b_enc))
+
+    def loss_terms(self, x: Tensor) -> Losses:
+        f = self.encode(x)
+        return l1_losses(x, f, f, self.W_dec, self.b_dec)
+
+
+def _positive_int(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected a positive integer")
+    return value
+
+
+# -- 3 · Gating ------------------------------------------------------------------------------------
+# L1 is needed for one bit per latent: does it fire? Section 2 showed what it does to the rest. So
+# split the encoder: one path decides *which* latents fire, the other *how strongly*, and only the
+# first will be penalised.
+#
+#     π_gate = (x - b_dec) W_gate + b_gate            π_mag = (x - b_dec) W_mag + b_mag
+
+
+def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
+    """f̃ = 1[π_gate > 0] ⊙ ReLU(π_mag), all of shape (..., batch, d_sae); eq. 6 of the paper.
+
+    The step is flat wherever it is not vertical, so no gradient of f̃ tells the gate when to open.
+    """
+    return (pi_gate > 0) * F.relu(pi_mag)
+
+
+# -- 4 · Why the gradient vanishes -----------------------------------------------------------------
+# Put f̃ into the loss of section 2, charge the gate alone, and training kills the SAE. Two lines
+# show why. For every latent,
+#
+#     ∂ reconstruct / ∂b_gate  =  0                       f̃ sees π_gate through the step only: flat
+#     ∂ sparsity    / ∂b_gate  =  E 1[π_gate > 0]  ≥  0   ReLU(π_gate) rises where the gate is open
+#
+# so descent lowers b_gate of each latent that ever fires, and nothing ever raises it. An untied
+# W_gate is in the same trap. The loss reads well, falls for a while, and ends with all gates shut.
+
+
+def incorrect_losses(
+    x: Tensor, pi_gate: Tensor, pi_mag: Tensor, W_dec: Tensor, b_dec: Tensor
+) -> Losses:
+    """E‖x - x̂(f̃)‖² + λ E‖ReLU(π_gate)‖₁: L_incorrect, section 3.2.2 of the paper. It fails.
+
+    It charges ReLU(π_gate), since 1[π_gate > 0], which is what we mean, has no gradient at all.
+    """
+    return l1_losses(x, gate(pi_gate, pi_mag), F.relu(pi_gate), W_dec, b_dec)
+
+
+# -- 5 · The auxiliary task ------------------------------------------------------------------------
+# The gate needs a reason to open. So let ReLU(π_gate) reconstruct x as well: that gradient says
+# which latents would help. With its penalty this is section 2 over again, shrinkage and all, but
+# nobody reads those coefficients: only the sign of π_gate is used.
+
+
+def gated_losses(
+    x: Tensor, pi_gate: Tensor, pi_mag: Tensor, W_dec: Tensor, b_dec: Tensor, frozen: bool = True
+) -> Losses:
+    """L_incorrect + E‖x - x̂_frozen(ReLU(π_gate))‖², eq. 8 of the paper.
+
+    `frozen=False` lets the auxiliary task train the decoder as well, the paper's ablation.
+    """
+    # Frozen, the decoder serves f̃ alone: the auxiliary task would bend it to make up for the
+    # shrinkage in ReLU(π_gate). b_dec is frozen as the decoder's bias only. It is also in π_gate,
+    # as x - b_dec, and there it keeps its gradient.
+    W_aux, b_aux = (W_dec.detach(), b_dec.detach()) if frozen else (W_dec, b_dec)
+    aux = squared_error(x, decode(F.relu(pi_gate), W_aux, b_aux))
+    return incorrect_losses(x, pi_gate, pi_mag, W_dec, b_dec)._replace(aux=aux)
+
+
+# -- 6 · Weight tying ------------------------------------------------------------------------------
+# A second encoder doubles the parameters and the compute. But a latent's gate and magnitude look for
+# the same thing: let them look along one direction, and differ in scale and offset only (eq. 7).
+#
+#     π_gate = (x - b_dec) W_enc + b_gate             π_mag = exp(r_mag) ⊙ (x - b_dec) W_enc + b_mag
+
+
+class GatedSAE(SAE):
+    """The Gated SAE, section 3.2 of the paper.
+
+    tied  True: one encoder, and a scale exp(r_mag) per latent (the paper). False: a W_mag as well
+    aux   "frozen" (the paper, eq. 8), "unfrozen" (its ablation), None (L_incorrect: the gates die)
+
+    Other options: see `SAE`.
+    """
+
+    latent_vectors = ("b_gate", "b_mag")
+
+    def __init__(
+        self, d_in: int, d_sae: int, tied: bool = True, *, aux: str | None = "frozen", **options
+    ):
+        if aux not in ("frozen", "unfrozen", None):
+            raise ValueError(f"aux is {aux!r}, expected 'frozen', 'unfrozen' or None")
+        super().__init__(d_in, d_sae, **options)
+        self.tied, self.aux = bool(tied), aux
+        if self.tied:
+            self.r_mag = nn.Parameter(torch.zeros_like(self.b_mag))
+        else:
+            self.W_mag = nn.Parameter(self.W_enc.detach().clone())
+
+    @property
+    def architecture(self) -> str:
+        return "gated" if self.tied else "gated_untied"
+
+    @property
+    def config(self) -> dict:
+        return super().config | dict(tied=self.tied, aux=self.aux)
+
+    def paths(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """π_gate, π_mag: (..., batch, d_in) -> (..., batch, d_sae) twice."""
+        self.check(x)
+        z = self.project(x)
+        z_mag = rows(self.r_mag.exp()) * z if self.tied else (x - rows(self.b_dec)) @ self.W_mag
+        return z + rows(self.b_gate), z_mag + rows(self.b_mag)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return gate(*self.paths(x))
+
+    def loss_terms(self, x: Tensor) -> Losses:
+        args = x, *self.paths(x), self.W_dec, self.b_dec
+        if self.aux is None:
+            return incorrect_losses(*args)
+        return gated_losses(*args, frozen=self.aux == "frozen")
+
+    def threshold(self) -> Tensor:
+        """θ = b_mag - exp(r_mag) b_gate, (..., d_sae), with f̃ = jump_relu(π_mag, θ).
+
+        Tied, π_gate > 0 says (x - b_dec) W_enc > -b_gate, that is π_mag > θ: a JumpReLU. Untied,
+        gate and magnitude look along two directions, and no threshold exists: ValueError.
+        """
+        if not self.tied:
+            raise ValueError("this GatedSAE has tied=False and so no threshold, expected tied=True")
+        return self.b_mag - self.r_mag.exp() * self.b_gate
+
+
+def jump_relu(pi: Tensor, theta: Tensor) -> Tensor:
+    """π ⊙ 1[π > max(θ, 0)], for π (..., batch, d_sae) and θ (..., d_sae): jumps by max(θ, 0).
+
+    At θ = 0, that is b_mag = exp(r_mag) b_gate, nothing jumps: f̃ = exp(r_mag) ReLU(π_gate).
+    """
+    return pi * (pi > rows(theta).clamp_min(0))
+
+
+# -- 8 · Metrics -----------------------------------------------------------------------------------
+# Three numbers hold all there is to say about scale: how long x is, how long x̂ is, and how well
+# they point the same way.
+
+
+class Moments(NamedTuple):
+    """E‖x‖², E‖x̂‖², E[x̂·x], each of shape `stack`, and the metrics of scale made from them.
+
+    All are ratios of means. Means of ratios would let the rows nearest to zero decide. Where a
+    denominator is 0 the ratio is NaN, and a RuntimeWarning says so.
+    """
+
+    x_sq: Tensor
+    x_hat_sq: Tensor
+    dot: Tensor
+
+    @classmethod
+    def from_norms(cls, x_sq: Tensor, x_hat_sq: Tensor, error_sq: Tensor) -> "Moments":
+        """From three numbers most runs log: E[x̂·x] = (E‖x̂‖² + E‖x‖² - E‖x - x̂‖²) / 2."""
+        return cls(x_sq, x_hat_sq, (x_hat_sq + x_sq - error_sq) / 2)
+
+    @property
+    def gamma(self) -> Tensor:
+        """γ = argmin over g of E‖x̂/g - x‖² = E‖x̂‖² / E[x̂·x], the relative reconstruction bias.
+
+        Eq. 5 of the paper. Below 1, x̂ is too short, and 1/γ times as long would be better. At 1 the
+        error is orthogonal to x̂, so no rescaling helps; the error need not be small.
+        """
+        return _ratio(self.x_hat_sq, self.dot, "γ", "E[x̂·x]")
+
+    @property
+    def factor_on_x(self) -> Tensor:
+        """argmin over g of E‖x̂ - g x‖² = E[x̂·x] / E‖x‖²: S. Marks's reading (comment, S4)."""
+        return _ratio(self.dot, self.x_sq, "factor_on_x", "E‖x‖²")
+
+    @property
+    def factor_on_x_hat(self) -> Tensor:
+        """argmin over g of E‖g x̂ - x‖² = E[x̂·x] / E‖x̂‖² = 1/γ, but *not* 1/factor_on_x."""
+        return _ratio(self.dot, self.x_hat_sq, "factor_on_x_hat", "E‖x̂‖²")
+
+    @property
+    def cosine_squared(self) -> Tensor:
+        """factor_on_x · factor_on_x_hat = E[x̂·x]² / (E‖x‖² E‖x̂‖²) ≤ 1: 1 only if collinear.
+
+        Nearly perpendicular x and x̂ send both factors to 0, so they cannot be reciprocals.
+        """
+        return self.factor_on_x * self.factor_on_x_hat
+
+    @property
+    def norm_ratio(self) -> Tensor:
+        """E‖x̂‖² / E‖x‖². Not the bias: at γ = 1 it is cosine_squared, < 1 unless x̂ is perfect."""
+        return _ratio(self.x_hat_sq, self.x_sq, "norm_ratio", "E‖x‖²")
+
+    @property
+    def gamma_v1(self) -> Tensor:
+        """√(E‖x̂‖² / (E‖x‖² - E‖x - x̂‖²)): eq. 10 of the first preprint, right only at γ = 1.
+
+        Reconstructed, not quoted: from its value 1/√3 at x = 1, x̂ = 1/2, where γ = 1/2, and from
+        the authors' explanation that the unoptimised loss had slipped into the derivation.
+        """
+        explained = 2 * self.dot - self.x_hat_sq
+        return _ratio(self.x_hat_sq, explained, "gamma_v1", "E‖x‖² - E‖x - x̂‖²").sqrt()
+
+
+def moments(x: Tensor, x_hat: Tensor) -> Moments:
+    """Of (..., batch, d_in) twice; a stack of x_hat may share one x."""
+    if x.shape != x_hat.shape[x_hat.ndim - x.ndim :] or x.numel() == 0:
+        raise ValueError(
+            f"x is {tuple(x.shape)}, x_hat {tuple(x_hat.shape)}, expected one (..., batch, d_in)"
+        )
+    x_sq, x_hat_sq, dot = (
+        (a * b).sum(-1).mean(-1) for a, b in ((x, x), (x_hat, x_hat), (x, x_hat))
+    )
+    return Moments(x_sq.expand_as(dot), x_hat_sq, dot)
+
+
+def relative_reconstruction_bias(x: Tensor, x_hat: Tensor) -> Tensor:
+    """γ of (..., batch, d_in) twice -> (...); see `Moments.gamma`. ValueError where undefined."""
+    m = moments(x, x_hat)
+    if (m.dot == 0).any():
+        raise ValueError("γ = E‖x̂‖² / E[x̂·x] is undefined: E[x̂·x] is 0, expected another number")
+    return m.gamma
+
+
+def _ratio(a: Tensor, b: Tensor, name: str, denominator: str) -> Tensor:
+    if (b == 0).any():
+        message = f"{name} is undefined, and NaN, where {denominator} is 0"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return torch.where(b == 0, torch.nan, a / b)
+
+
+class Metrics(NamedTuple):
+    """What `evaluate` finds; each of shape `stack` unless said otherwise."""
+
+    n_rows: int
+    l0: Tensor  # mean number of latents that fire on a row
+    l1: Tensor  # E‖f‖₁
+    fvu: Tensor  # fraction of variance unexplained, E‖x - x̂‖² / E‖x - E x‖²
+    gamma: Tensor  # this and the next four: see Moments
+    norm_ratio: Tensor
+    cosine_squared: Tensor
+    factor_on_x: Tensor
+    factor_on_x_hat: Tensor
+    dead_fraction: Tensor  # share of latents that never fired
+    firing_frequency: Tensor  # (*stack, d_sae): share of rows on which each latent fired
+
+
+@torch.no_grad()
+def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
+    """Metrics over any number of batches, of any sizes, in constant memory.
+
+    Ratios of means over the whole stream: how it was cut into batches changes nothing but rounding.
+    Sums are float64 (MPS: float32). A NaN or infinity raises ValueError, with the batch's number.
+    """
+    n_rows, sums = 0, {}
+    for number, x in enumerate(_stream(sae, batches)):
+        if not x.isfinite().all():
+            raise ValueError(f"batch {number}: {_bad_rows(x)}")
+        f = sae.encode(x)
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        x, x_hat, n = x.to(wide), sae.decode(f).to(wide), x.shape[-2]
+        if n_rows == 0:
+            origin = rows(x[..., 0, :])  # centre near the data, or a far mean cancels the variance
+        means = moments(x, x_hat)._asdict() | dict(
+            error=squared_error(x, x_hat),
+            offset=(x - origin).mean(-2),
+            offset_sq=squared_error(x, origin),
+            fires=(f > 0).sum(-2, dtype=wide) / n,
+            l1=f.sum(-1).mean(-1, dtype=wide),
+        )
+        sums = {name: sums.get(name, 0) + n * mean for name, mean in means.items()}
+        n_rows += n
+    if n_rows == 0:
+        raise ValueError("batches is empty, expected at least one batch")
+    mean = {name: total / n_rows for name, total in sums.items()}
+    m = Moments(mean["x_sq"], mean["x_hat_sq"], mean["dot"])
+    variance = mean["offset_sq"] - mean["offset"].square().sum(-1)
+    return Metrics(
+        n_rows=n_rows,
+        l0=mean["fires"].sum(-1),
+        l1=mean["l1"],
+        fvu=_ratio(mean["error"], variance, "fvu", "the variance of x"),
+        gamma=m.gamma,
+        norm_ratio=m.norm_ratio,
+        cosine_squared=m.cosine_squared,
+        factor_on_x=m.factor_on_x,
+        factor_on_x_hat=m.factor_on_x_hat,
+        dead_fraction=(mean["fires"] == 0).to(wide).mean(-1),
+        firing_frequency=mean["fires"],
+    )
+
+
+def _stream(sae: SAE, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each batch, checked, on the SAE's device and in its dtype. Errors give the batch's number."""
+    if isinstance(batches, Tensor):
+        raise TypeError("batches is one tensor, expected an iterable of them: x.split(512), or [x]")
+    for number, x in enumerate(batches):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            x = x.to(sae.W_enc.device, sae.W_enc.dtype)
+        try:
+            sae.check(x)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"batch {number}: {error}") from None
+        yield x
+
+
+def _bad_rows(x: Tensor) -> str:
+    bad = (~x.isfinite()).any(-1).flatten()
+    return (
+        f"NaN or infinity in {int(bad.sum())} of {len(bad)} rows, first in row {int(bad.argmax())}"
+    )
+
+
+# -- 9 · Training ----------------------------------------------------------------------------------
+# One loop for every variant, and for whole stacks: no parameter is shared by two members, so the
+# gradient of the sum of their losses is each one's own.
+
+
+def best_device() -> torch.device:
+    """CUDA if there is one, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class Record(NamedTuple):
+    """What `train` reports of a step."""
+
+    step: int  # counted from 1
+    lr: float  # learning rate of this step
+    l1: Tensor  # λ of this step
+    losses: Losses  # what this step lowered
+    metrics: Metrics  # after this step, on the same batch
+
+
+def train(
+    sae: SAE,
+    batches: Iterable[Tensor],
+    *,
+    l1: float | Tensor,
+    steps: int,
+    lr: float = 3e-4,
+    betas: tuple[float, float] = (0.0, 0.999),
+    lr_warmup: float = 0.1,
+    l1_warmup: float = 0.1,
+    lr_decay: float = 0.2,
+    log_every: int = 100,
+    device: torch.device | str | None = None,
+) -> Iterator[Record]:
+    """Train in place with Adam; yields a Record at step 1, every `log_every` steps, and the last.
+
+    A generator: nothing runs until it is iterated, and to stop iterating is to stop training. Takes
+    exactly `steps` batches (batch, d_in) from `batches`.
+
+    l1         λ, one number, or one for each member of a stack (shape `stack`)
+    lr, betas  of Adam: the paper's
+    lr_warmup, l1_warmup, lr_decay
+               shares of the steps in which learning rate and λ rise from 0, and the former falls
+    device     None: `best_device()`; the SAE is moved there, and each batch
+
+    NaN or infinity in a batch or a loss, or too few batches, raise ValueError with the step, and
+    leave the SAE as trained before that step.
+    """
+    _positive_int("steps", steps), _positive_int("log_every", log_every)
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr is {lr}, expected a positive number")
+    if not all(0 <= share <= 1 for share in (lr_warmup, l1_warmup, lr_decay)):
+        shares = lr_warmup, l1_warmup, lr_decay
+        raise ValueError(f"lr_warmup, l1_warmup, lr_decay are {shares}, expected shares in [0, 1]")
+    sae.to(device or best_device())
+    l1 = torch.as_tensor(l1, dtype=sae.W_enc.dtype, device=sae.W_enc.device)
+    if l1.shape not in ((), sae.stack) or not ((l1 >= 0) & l1.isfinite()).all():
+        raise ValueError(
+            f"l1 is {l1.tolist()}, expected finite and ≥ 0, of shape () or {sae.stack}"
+        )
+
+    def run() -> Iterator[Record]:
+        optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, fused=True)
+        step = 0
+        for step, x in enumerate(islice(_stream(sae, batches), steps), start=1):
+            rise, fall = (
+                step / max(1, lr_warmup * steps),
+                (steps + 1 - step) / max(1, lr_decay * steps),
+            )
+            lr_now, l1_now = lr * min(1, rise, fall), l1 * min(1, step / max(1, l1_warmup * steps))
+            losses = sae.losses(x)
+            total = losses.total(l1_now)
+            if not total.isfinite().all():
+                cause = f"the loss is {total.tolist()}" if x.isfinite().all() else _bad_rows(x)
+                raise ValueError(f"step {step}: {cause}; the SAE is as it was before this step")
+            optimizer.zero_grad()
+            total.sum().backward()
+            sae.remove_radial_gradient()
+            optimizer.param_groups[0]["lr"] = lr_now
+            optimizer.step()
+            sae.normalize_decoder()
+            if step in (1, steps) or step % log_every == 0:
+                terms = Losses(*(term.detach() for term in losses))
+                yield Record(step, lr_now, l1_now, terms, evaluate(sae, [x]))
+        if step < steps:
+            raise ValueError(f"batches ended after {step} of {steps} steps; the SAE keeps these")
+
+    return run()
+
+
+# -- 12 · Files ------------------------------------------------------------------------------------
+# The layout is SAELens's, a folder with two files, so that weights travel both ways.
+
+CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+ARCHITECTURES = {"standard": StandardSAE, "gated": GatedSAE, "gated_untied": GatedSAE}
+# What SAELens may do to x on its way in, and this file does not: other values are refused.
+PREPROCESSING = dict(
+    apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none"
+)
+
+
+def save(sae: SAE, folder: str | os.PathLike) -> None:
+    """Write an SAE to `folder`. SAELens loads it too, if it is a single Standard or tied Gated SAE.
+
+    If the folder holds an SAE of the same configuration, its weights are replaced; if of another
+    one, ValueError. A kill at any moment leaves the old SAE or the new: the config is written while
+    there are no weights and never changes under them, and the weights are replaced in one move.
+    """
+    from safetensors.torch import save as to_bytes
+
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder to save into")
+    given = _describe(sae)
+    if (folder / WEIGHTS_FILE).exists():
+        held = _describe(_blank(folder))
+        differ = {
+            k: (held.get(k), given.get(k)) for k in held | given if held.get(k) != given.get(k)
+        }
+        if differ:
+            raise ValueError(f"{folder} holds another SAE; (held, given) differ in {differ}")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = given | PREPROCESSING | dict(device="cpu", metadata={})
+        _replace(folder / CONFIG_FILE, json.dumps(config, indent=2).encode())
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    _replace(folder / WEIGHTS_FILE, to_bytes(tensors))
+
+
+def load(folder: str | os.PathLike, device: torch.device | str = "cpu") -> SAE:
+    """The SAE that `save`, or SAELens's `save_model`, wrote to `folder`, in its own dtype.
+
+    Missing or broken files, an architecture or a preprocessing of x unknown here, and weights that
+    do not fit the config raise ValueError. Nothing is unpickled.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    sae = _blank(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no {WEIGHTS_FILE}, expected a saved SAE") from None
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}, expected safetensors") from None
+    return _fill(sae, tensors, folder).to(device)
+
+
+def from_dictionary_learning(state: Mapping[str, Tensor]) -> SAE:
+    """The SAE in a state dict of dictionary-learning's GatedAutoEncoder or AutoEncoder.
+
+    ValueError, with both lists of names and shapes, if it is neither.
+    """
+    variant, vectors = StandardSAE, {"bias": "b_dec", "encoder.bias": "b_enc"}
+    if "r_mag" in state:
+        variant, vectors = (
+            GatedSAE,
+            dict(decoder_bias="b_dec", gate_bias="b_gate", mag_bias="b_mag"),
+        )
+    names = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"} | vectors
+    tensors = {
+        names.get(key, key): tensor.detach().mT.clone()
+        if tensor.ndim == 2
+        else tensor.detach().clone()
+        for key, tensor in state.items()
+    }
+    if "W_enc" not in tensors:
+        raise ValueError(f"the state holds {sorted(state)}, expected {sorted(names)}")
+    d_in, d_sae = tensors["W_enc"].shape
+    return _fill(
+        variant(d_in, d_sae, dtype=tensors["W_enc"].dtype, device="meta"), tensors, "the state"
+    )
+
+
+def _describe(sae: SAE) -> dict:
+    """All but the values of the weights, as JSON has it."""
+    dtype = str(sae.W_enc.dtype).removeprefix("torch.")
+    return dict(architecture=sae.architecture, dtype=dtype) | sae.config | dict(stack=[*sae.stack])
+
+
+def _blank(folder: Path) -> SAE:
+    """The SAE that the folder's config describes, on the meta device: it has shapes, no numbers."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_bytes())
+        for key, known in PREPROCESSING.items():
+            if config.get(key, known) != known:
+                raise ValueError(f"{key} is {config[key]!r}, expected {known!r}")
+        variant = ARCHITECTURES[config["architecture"]]
+        dtype = getattr(torch, config.get("dtype", "float32").removeprefix("torch."))
+        options = {key: config[key] for key in variant(1, 1).config if key in config}
+        sae = variant(**options, dtype=dtype, device="meta")
+        if sae.architecture != config["architecture"]:
+            raise ValueError(f"architecture is {config['architecture']!r}, with {options}")
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no {CONFIG_FILE}, expected a saved SAE") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{path}: {error!r}, expected the config of one of {known}") from None
+    return sae
+
+
+def _fill(sae: SAE, tensors: Mapping[str, Tensor], source) -> SAE:
+    expected = {name: (*p.shape, p.dtype) for name, p in sae.state_dict().items()}
+    found = {name: (*t.shape, t.dtype) for name, t in tensors.items()}
+    if found != expected:
+        raise ValueError(f"{source}: the weights are {found}, expected {expected}")
+    sae.load_state_dict(tensors, assign=True)
+    return sae
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file in one move: it holds the old content or the new, also after a kill."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
