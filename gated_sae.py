@@ -292,8 +292,8 @@ def gated_losses(
 
 
 # -- 6 · Weight tying ------------------------------------------------------------------------------
-# A second encoder doubles the parameters and the compute. But a latent's gate and magnitude look for
-# the same thing: let them look along one direction, and differ in scale and offset only (eq. 7).
+# A second encoder doubles the parameters and the compute. But a latent's gate and its magnitude
+# seek the same thing: let them look along one direction, and differ in scale and offset (eq. 7).
 #
 #     π_gate = (x - b_dec) W_enc + b_gate             π_mag = exp(r_mag) ⊙ (x - b_dec) W_enc + b_mag
 
@@ -531,10 +531,8 @@ def _stream(sae: SAE, batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _bad_rows(x: Tensor) -> str:
-    bad = (~x.isfinite()).any(-1).flatten()
-    return (
-        f"NaN or infinity in {int(bad.sum())} of {len(bad)} rows, first in row {int(bad.argmax())}"
-    )
+    bad = (~x.isfinite()).any(-1).flatten().nonzero().flatten()
+    return f"NaN or infinity in {len(bad)} of {x[..., 0].numel()} rows, first in row {int(bad[0])}"
 
 
 # -- 9 · Training ----------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ DICTIONARIES = dict(
 
 
 def zipf(n_features: int, active: float, exponent: float = 1.0) -> Tensor:
-    """Probabilities in proportion to rank^-exponent, none above 1, `active` in sum: (n_features,)."""
+    """Probabilities ∝ rank^-exponent, none above 1 and `active` in sum: (n_features,)."""
     if not 0 < active <= n_features:
         raise ValueError(f"active is {active}, expected above 0 and at most {n_features}")
     weight = torch.arange(1, n_features + 1, dtype=torch.float64) ** -exponent
@@ -90,10 +90,10 @@ class SuperpositionData:
 
     dictionary   "random", "orthogonal" or "antipodal" directions, or a tensor (n_features, d_in)
     firing       P(feature fires): one number, or one per feature, say from `zipf`
-    magnitude    how strongly, if it fires: "constant", "uniform", "half_normal", "exponential" or
+    magnitude    how strongly, if it fires: "constant", "uniform", "half_normal", "exponential",
                  "log_normal", each of mean 1
-    correlation  ρ in [0, 1): features fire where a Gaussian is low, and a share ρ of its variance is
-                 common to all, through `rank` factors (a copula: it moves no probability)
+    correlation  ρ in [0, 1): a feature fires where a Gaussian of its own is low, and a share ρ of
+                 its variance comes from `rank` common factors (a copula: it moves no probability)
     parents      per feature the index of its parent, or -1; it then fires only where the parent
                  does, and leaves correlation to the root
     groups       per feature the number of its group, or -1; one at most of a group fires on a row
@@ -147,11 +147,9 @@ class SuperpositionData:
         q = torch.where(parent < 0, p, p / p[parent].clamp_min(1e-300))  # P(feature | parent)
         if (q > 1 + 1e-9).any():
             i = int(q.argmax())
-            raise ValueError(
-                f"firing is {p[i]:.3g} at {i}, expected ≤ {p[parent[i]]:.3g}: its parent's"
-            )
+            raise ValueError(f"feature {i} fires more often than its parent: {p[i]}, expected less")
 
-        # A feature fires where a uniform draw falls into its interval [low, low + q), and its parent
+        # A feature fires where a uniform draw falls into its interval [low, low + q) and its parent
         # fires. The members of a group share one draw, in which their intervals lie side by side.
         draw, low = torch.arange(n_features), torch.zeros_like(q)
         for g in group[group >= 0].unique():
@@ -180,7 +178,7 @@ class SuperpositionData:
         self._parent, self._levels = parent.to(device), self._by_depth(parent.to(device))
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """x (batch, d_in) and the true f (batch, n_features); `generator` is on this data's device."""
+        """x (batch, d_in) and the true f (batch, n_features). `generator` on the data's device."""
         if not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch is {batch!r}, expected a positive integer")
         at = dict(generator=generator, device=self.dictionary.device)
@@ -227,14 +225,14 @@ class SuperpositionData:
         return index.long()
 
     def _by_depth(self, parent: Tensor) -> list[Tensor]:
-        """The children of roots, then their children, and so on: firing is settled in this order."""
+        """The features with a parent, those with a grandparent, and so on: who fires is settled in
+        this order."""
         levels, ancestor = [], parent
         while (ancestor >= 0).any():
             if len(levels) == self.n_features:
                 raise ValueError(f"parents is {parent.tolist()}, expected no cycle")
-            deeper = torch.where(ancestor >= 0, parent[ancestor], -1)
             levels.append((ancestor >= 0).nonzero().flatten())
-            ancestor = deeper
+            ancestor = torch.where(ancestor >= 0, parent[ancestor], -1)
         return levels
 
 
@@ -255,7 +253,7 @@ class Recovery(NamedTuple):
 
 
 def mean_max_cosine(D: Tensor, W_dec: Tensor) -> float:
-    """Mean over rows of D (n_features, d_in) of the best cosine with a row of W_dec (d_sae, d_in)."""
+    """Mean over rows of D (n_features, d_in) of the best cosine with a row of W_dec."""
     return float(_cosines(D, W_dec).amax(1).mean())
 
 

@@ -1,0 +1,55 @@
+"""What the property tests draw: SAEs with every parameter random, and batches to feed them."""
+
+import torch
+from hypothesis import strategies as st
+
+from gated_sae import GatedSAE, StandardSAE
+
+# Every variant and objective, as constructors of (d_in, d_sae, **options).
+VARIANTS = {
+    "standard": StandardSAE,
+    "gated": GatedSAE,
+    "gated unfrozen": lambda *size, **options: GatedSAE(*size, aux="unfrozen", **options),
+    "gated without aux": lambda *size, **options: GatedSAE(*size, aux=None, **options),
+    "gated untied": lambda *size, **options: GatedSAE(*size, tied=False, **options),
+}
+
+seeds = st.integers(0, 2**32 - 1)
+variants = st.sampled_from(list(VARIANTS))
+sizes = st.tuples(st.integers(1, 6), st.integers(1, 9))  # d_in, d_sae
+
+
+def random_sae(variant, size, seed, **options):
+    """A float64 SAE with no parameter at its initial value: nothing multiplies by 1 or adds 0."""
+    make = VARIANTS[variant] if isinstance(variant, str) else variant
+    sae = make(*size, dtype=torch.float64, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    sae.normalize_decoder()
+    return sae
+
+
+def random_batch(*shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def gradients(sae, value):
+    """d value / d parameter by name; zeros where a parameter is not in the graph."""
+    names, parameters = zip(*sae.named_parameters(), strict=True)
+    grads = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, grads, strict=True))
+
+
+def assert_equal(a, b, **tolerance):
+    """Equal dicts or tuples of tensors, or tensors, to rounding in their dtype."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(
+                a[name], b[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance
+            )
+    else:
+        torch.testing.assert_close(a, b, **tolerance)

@@ -1,0 +1,85 @@
+"""Section 6: weight tying, and the JumpReLU it makes."""
+
+import pytest
+import torch
+from hypothesis import given
+from random_saes import assert_equal, random_batch, random_sae, seeds, sizes
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gated_sae import GatedSAE, StandardSAE, jump_relu
+
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul"}
+
+
+class CountProducts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in PRODUCTS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("make", "encode", "losses"),
+    [
+        (lambda: StandardSAE(4, 8), 1, 2),
+        (lambda: GatedSAE(4, 8), 1, 3),
+        (lambda: GatedSAE(4, 8, aux=None), 1, 2),
+        (lambda: GatedSAE(4, 8, tied=False), 2, 4),
+    ],
+)
+def test_one_encoder_product_serves_both_paths(make, encode, losses):
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    with CountProducts() as counted:
+        make().encode(x)
+    assert counted.count == encode
+    with CountProducts() as counted:
+        make().losses(x)
+    assert counted.count == losses
+
+
+@given(sizes, seeds)
+def test_a_tied_gate_is_a_jump_relu(size, seed):
+    """G7: the same outputs, wherever rounding does not decide which side of θ a value is on."""
+    sae = random_sae("gated", size, seed)
+    x = random_batch(20, size[0], seed=seed)
+    pi_gate, pi_mag = sae.paths(x)
+    clear = pi_gate.abs() > 1e-9
+    assert_equal(sae.encode(x)[clear], jump_relu(pi_mag, sae.threshold())[clear], rtol=0, atol=0)
+
+
+@given(sizes, seeds)
+def test_the_natural_b_mag_removes_the_jump(size, seed):
+    """G8: at b_mag = exp(r_mag) b_gate, θ = 0 and f̃ = exp(r_mag) ReLU(π_gate)."""
+    sae = random_sae("gated", size, seed)
+    with torch.no_grad():
+        sae.b_mag.copy_(sae.r_mag.exp() * sae.b_gate)
+    x = random_batch(20, size[0], seed=seed)
+    pi_gate, _ = sae.paths(x)
+    assert (sae.threshold() == 0).all()
+    assert_equal(sae.encode(x), sae.r_mag.exp() * F.relu(pi_gate))
+
+
+@given(seeds)
+def test_the_jump_is_as_high_as_the_threshold(seed):
+    theta = random_batch(6, seed=seed)
+    at = theta.clamp_min(0)
+    just = 1e-9
+    assert (jump_relu((at - just)[None], theta) == 0).all()
+    assert_equal(jump_relu((at + just)[None], theta)[0], at, rtol=0, atol=1e-8)
+
+
+def test_an_untied_gate_has_no_threshold():
+    with pytest.raises(ValueError, match="tied=False"):
+        GatedSAE(4, 8, tied=False).threshold()
+
+
+def test_untied_starts_as_tied():
+    x = random_batch(5, 4, seed=0).float()
+    tied, untied = GatedSAE(4, 8), GatedSAE(4, 8, tied=False)
+    assert_equal(tied.encode(x), untied.encode(x))
+    assert not hasattr(untied, "r_mag")
+    assert not hasattr(tied, "W_mag")

@@ -1,0 +1,281 @@
+"""Section 9: the training loop, and what it shows of shrinkage and of dying gates."""
+
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_saes import VARIANTS, assert_equal, random_sae, seeds, variants
+
+from gated_sae import GatedSAE, StandardSAE, evaluate, train
+from toy_data import SuperpositionData
+
+DATA = SuperpositionData(8, 16, firing=0.1, seed=3)
+
+
+def trained(sae, *, data=DATA, seed=0, batch=64, **options):
+    options = dict(l1=0.1, steps=20, lr=1e-2, device="cpu") | options
+    records = list(train(sae, data.batches(batch, seed), **options))
+    return sae, records
+
+
+# -- What training shows ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """Both kinds at three λ each, on 64 features in 32 dimensions, 3 active."""
+    data = SuperpositionData(32, 64, firing=3 / 64)
+    options = dict(data=data, batch=256, steps=1500, log_every=1500)
+    standard, _ = trained(StandardSAE(32, 64, stack=3), l1=torch.tensor([0.2, 0.4, 0.8]), **options)
+    gated, _ = trained(GatedSAE(32, 64, stack=3), l1=torch.tensor([0.3, 0.6, 1.2]), **options)
+    held_out = list(itertools.islice(data.batches(1000, seed=99), 10))
+    return evaluate(standard, held_out), evaluate(gated, held_out)
+
+
+def test_standard_shrinks_and_gated_does_not(toy):
+    """Margins: γ of Standard is 0.05 short of 1 or more, falling as λ rises; of Gated within 0.02."""
+    standard, gated = toy
+    assert (standard.gamma < 0.95).all()
+    assert (standard.gamma.diff() < -0.03).all()
+    assert ((gated.gamma - 1).abs() < 0.02).all()
+
+
+def test_the_norm_ratio_of_an_unbiased_sae_is_below_one(toy):
+    """S7 on a trained SAE: γ near 1, and yet the plain norm ratio would report shrinkage."""
+    _, gated = toy
+    assert (gated.norm_ratio < 0.97).all()
+    assert_equal(gated.norm_ratio, gated.cosine_squared, rtol=0.03, atol=0)
+
+
+def test_gated_needs_fewer_latents_for_the_same_error(toy):
+    """Each Standard SAE is beaten by a Gated one that has less error with 10% fewer latents."""
+    standard, gated = toy
+    for fvu, l0 in zip(standard.fvu, standard.l0, strict=True):
+        assert ((gated.fvu < fvu) & (gated.l0 < 0.9 * l0)).any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_without_aux_the_gates_die_and_with_it_they_live(tied):
+    """G2: nothing raises b_gate. Margins: under 1/100 of the latents fire that do with aux."""
+    options = dict(steps=1500, l1=0.1, lr=1e-2, log_every=1500)
+    held_out = list(itertools.islice(DATA.batches(1000, seed=99), 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # γ of a dead SAE is undefined, and says so
+        dying, records = trained(GatedSAE(8, 16, tied, aux=None), **options)
+        dead = evaluate(dying, held_out)
+    alive = evaluate(trained(GatedSAE(8, 16, tied), **options)[0], held_out)
+    assert records[0].metrics.l0 > 1
+    assert alive.l0 > 3
+    assert dead.l0 < alive.l0 / 100
+    assert alive.fvu < 0.01
+    assert dead.fvu > 0.9
+
+
+# -- The loop, against a plain one -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loop_is_project_step_renormalise(variant):
+    """Five steps by hand, with schedules written out and every operation in its place."""
+    steps, lr, l1, warm, fall = 5, 1e-2, 0.3, 2, 2
+    sae, expected = (random_sae(variant, (8, 16), 0) for _ in range(2))
+    batches = [x.double() for x in itertools.islice(DATA.batches(32, seed=0), steps)]
+    ramps = dict(lr_warmup=0.4, l1_warmup=0.4, lr_decay=0.4)
+    for _ in train(
+        sae, batches, l1=l1, steps=steps, lr=lr, betas=(0.5, 0.9), device="cpu", **ramps
+    ):
+        pass
+
+    optimizer = torch.optim.Adam(expected.parameters(), betas=(0.5, 0.9))
+    for step, x in enumerate(batches, start=1):
+        optimizer.param_groups[0]["lr"] = lr * min(1, step / warm, (steps + 1 - step) / fall)
+        optimizer.zero_grad()
+        expected.losses(x).total(l1 * min(1, step / warm)).backward()
+        W = expected.W_dec
+        W.grad = W.grad - (W.grad * W.data).sum(1, keepdim=True) * W.data
+        optimizer.step()
+        W.data = W.data / W.data.norm(dim=1, keepdim=True)
+    assert_equal(dict(sae.state_dict()), dict(expected.state_dict()))
+    assert_equal(sae.W_dec.norm(dim=-1), torch.ones(16).double())
+
+
+@settings(max_examples=5)
+@given(variants, seeds)
+def test_a_stack_trains_as_its_members_do(variant, seed):
+    """One λ for each member, one shared stream of batches."""
+    stack = random_sae(variant, (8, 16), seed, stack=(2,))
+    singles = [random_sae(variant, (8, 16), seed) for _ in range(2)]
+    for i, single in enumerate(singles):
+        single.load_state_dict({name: value[i] for name, value in stack.state_dict().items()})
+    batches = [x.double() for x in itertools.islice(DATA.batches(32, seed=0), 10)]
+    options = dict(steps=10, lr=1e-2, device="cpu")
+    list(train(stack, batches, l1=torch.tensor([0.1, 0.8]), **options))
+    for i, (single, l1) in enumerate(zip(singles, (0.1, 0.8), strict=True)):
+        list(train(single, batches, l1=l1, **options))
+        own = {name: value[i] for name, value in stack.state_dict().items()}
+        assert_equal(own, dict(single.state_dict()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_seeds_give_the_same_bits_whatever_the_global_seed(variant):
+    def run(global_seed):
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        sae, records = trained(VARIANTS[variant](8, 16))
+        assert torch.equal(before, torch.get_rng_state())
+        return dict(sae.state_dict()), records[-1].losses
+
+    (a, a_losses), (b, b_losses) = run(0), run(12345)
+    assert_equal(a, b, rtol=0, atol=0)
+    assert_equal(a_losses, b_losses, rtol=0, atol=0)
+
+
+def test_other_seeds_give_other_results():
+    (a, _), (b, _) = trained(GatedSAE(8, 16), seed=0), trained(GatedSAE(8, 16), seed=1)
+    assert not torch.equal(a.W_dec, b.W_dec)
+
+
+# -- Records ---------------------------------------------------------------------------------------
+
+
+def test_records_come_at_the_first_step_the_cadence_and_the_last():
+    _, records = trained(GatedSAE(8, 16), steps=25, log_every=10)
+    assert [record.step for record in records] == [1, 10, 20, 25]
+
+
+def test_records_say_what_was_lowered_and_what_came_of_it():
+    sae = GatedSAE(8, 16, stack=2)
+    x = next(DATA.batches(64, seed=0))
+    before = sae.losses(x)
+    (record,) = train(sae, [x], l1=torch.tensor([0.1, 0.2]), steps=1, lr=1e-2, device="cpu")
+    assert_equal(
+        record.losses, before._replace(**{k: v.detach() for k, v in before._asdict().items()})
+    )
+    assert not any(term.requires_grad for term in record.losses)
+    assert_equal(record.metrics.fvu, evaluate(sae, [x]).fvu)
+    assert_equal(record.l1, torch.tensor([0.1, 0.2]))
+    assert record.lr == 1e-2
+
+
+def test_schedules_rise_from_zero_and_the_rate_falls_again():
+    _, records = trained(GatedSAE(8, 16), steps=100, log_every=1, lr=1.0e-2, l1=2.0)
+    lrs, l1s = [r.lr for r in records], [r.l1.item() for r in records]
+    assert lrs[:10] == pytest.approx([1e-3 * k for k in range(1, 11)])
+    assert lrs[10:80] == pytest.approx([1e-2] * 70)
+    assert lrs[80:] == pytest.approx([1e-2 * (20 - k) / 20 for k in range(20)])
+    assert l1s == pytest.approx([min(2.0, 0.2 * k) for k in range(1, 101)])
+
+
+def test_whoever_stops_iterating_stops_the_training():
+    drawn = 0
+
+    def counted():
+        nonlocal drawn
+        for x in DATA.batches(32, seed=0):
+            drawn += 1
+            yield x
+
+    run = train(GatedSAE(8, 16), counted(), l1=0.1, steps=100, log_every=10, device="cpu")
+    assert drawn == 0
+    assert next(run).step == 1
+    assert next(run).step == 10
+    assert drawn == 10
+    run.close()
+    assert drawn == 10
+
+
+def test_training_takes_exactly_its_steps_from_the_batches():
+    batches = DATA.batches(32, seed=0)
+    list(train(GatedSAE(8, 16), batches, l1=0.1, steps=7, device="cpu"))
+    eighth = next(itertools.islice(DATA.batches(32, seed=0), 7, None))
+    assert torch.equal(next(batches), eighth)
+
+
+# -- Bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_bad_batch_stops_training_and_leaves_the_parameters(variant, bad):
+    batches = list(itertools.islice(DATA.batches(32, seed=0), 5))
+    batches[3][7, 2] = bad
+    sae, until = VARIANTS[variant](8, 16), VARIANTS[variant](8, 16)
+    options = dict(l1=0.1, lr=1e-2, device="cpu", lr_decay=0.0)
+    with pytest.raises(ValueError, match="step 4: NaN or infinity in 1 of 32 rows, first in row 7"):
+        list(train(sae, batches, steps=5, **options))
+    list(train(until, batches[:3], steps=3, **options))
+    assert_equal(dict(sae.state_dict()), dict(until.state_dict()), rtol=0, atol=0)
+
+
+def test_a_loss_that_overflows_stops_training():
+    batches = [next(DATA.batches(4, seed=0)), torch.full((4, 8), 1e30)]
+    sae = GatedSAE(8, 16)
+    with pytest.raises(ValueError, match="step 2: the loss is inf"):
+        list(train(sae, batches, l1=0.1, steps=2, device="cpu"))
+    assert all(p.isfinite().all() for p in sae.parameters())
+
+
+def test_batches_that_end_early_are_counted_and_the_training_kept():
+    sae, fresh = GatedSAE(8, 16), GatedSAE(8, 16)
+    batches = itertools.islice(DATA.batches(32, seed=0), 3)
+    with pytest.raises(ValueError, match="ended after 3 of 5 steps"):
+        list(train(sae, batches, l1=0.1, steps=5, device="cpu"))
+    assert not torch.equal(sae.W_enc, fresh.W_enc)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": -3}, "steps is -3"),
+        ({"steps": 1.5}, "steps is 1.5"),
+        ({"log_every": 0}, "log_every is 0"),
+        ({"l1": -0.1}, "l1 is -0.1"),
+        ({"l1": math.nan}, "l1 is nan"),
+        ({"l1": math.inf}, "l1 is inf"),
+        ({"l1": torch.tensor([0.1, 0.2])}, r"shape \(\) or \(3,\)"),
+        ({"l1": torch.tensor([0.1, 0.2, -1.0])}, r"l1 is \["),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr_warmup": 1.5}, r"\(1.5, 0.1, 0.2\), expected shares"),
+    ],
+)
+def test_bad_arguments_are_named_at_the_call(options, says):
+    """At the call, not when the generator is first asked."""
+    options = dict(l1=0.1, steps=5, device="cpu") | options
+    with pytest.raises(ValueError, match=says):
+        train(GatedSAE(8, 16, stack=3), DATA.batches(32, seed=0), **options)
+
+
+def test_a_bad_batch_is_named_by_its_number():
+    batches = [next(DATA.batches(4, seed=0)), torch.ones(4, 7)]
+    with pytest.raises(ValueError, match=r"batch 1: x is \(4, 7\)"):
+        list(train(GatedSAE(8, 16), batches, l1=0.1, steps=2, device="cpu"))
+
+
+@settings(max_examples=10)
+@given(variants, st.integers(1, 2), st.integers(1, 2), seeds)
+def test_the_smallest_saes_and_empty_data_train_without_a_nan(variant, d_in, d_sae, seed):
+    sae = random_sae(variant, (d_in, d_sae), seed)
+    with torch.no_grad():
+        sae.W_dec[0] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        list(train(sae, [torch.zeros(3, d_in)] * 5, l1=0.1, steps=5, lr=0.1, device="cpu"))
+    assert all(p.isfinite().all() for p in sae.parameters())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_on_the_gpu_is_training_on_the_cpu(variant):
+    batches = [x.double() for x in itertools.islice(DATA.batches(32, seed=0), 10)]
+    results = []
+    for device in ("cpu", "cuda"):
+        sae = random_sae(variant, (8, 16), 0, stack=(2,))
+        list(train(sae, batches, l1=0.1, steps=10, lr=1e-2, device=device))
+        results.append({name: value.cpu() for name, value in sae.state_dict().items()})
+    assert_equal(*results)
