@@ -176,12 +176,36 @@ class SuperpositionData:
         self._loadings = loadings.to(device) if correlation else None
         self._own = (1 - common).sqrt().to(device)
         self._parent, self._levels = parent.to(device), self._by_depth(parent.to(device))
+        independent = not correlation and self._draw is None and not self._levels
+        on_cpu = self.dictionary.device.type == "cpu"  # elsewhere dense is quick, and never waits
+        self._sparse = independent and on_cpu and p.mean() < 0.1 and p.max() < 0.99 and p.sum() > 0
+        self._stretch = (-torch.log1p(-p)).cumsum(0) if self._sparse else None
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """x (batch, d_in) and the true f (batch, n_features). `generator` on the data's device."""
         if not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch is {batch!r}, expected a positive integer")
         at = dict(generator=generator, device=self.dictionary.device)
+        magnitude = MAGNITUDES[self.magnitude]
+        if self._sparse:
+            cells, row_starts = self._firing_cells(batch, generator)
+            m = magnitude(cells.shape, **at)
+            f = torch.zeros(batch, self.n_features)
+            f.view(-1)[cells] = m
+            feature = cells % self.n_features
+            x = F.embedding_bag(
+                feature, self.dictionary, row_starts, mode="sum", per_sample_weights=m
+            )
+            x += self.mean
+        else:
+            f = magnitude((batch, self.n_features), **at).mul_(self._fires(batch, at))
+            x = torch.addmm(self.mean, f, self.dictionary)
+        if self.noise:
+            x += self.noise * torch.randn(x.shape, **at)
+        return x, f
+
+    def _fires(self, batch: int, at: dict) -> Tensor:
+        """Who fires: (batch, n_features), bool."""
         if self._loadings is None:
             draw = torch.rand(batch, len(self._own), **at)
         else:
@@ -192,11 +216,24 @@ class SuperpositionData:
         fires = (self._low <= draw) & (draw < self._high)
         for level in self._levels:
             fires[:, level] &= fires[:, self._parent[level]]
-        f = MAGNITUDES[self.magnitude](fires.shape, **at).mul_(fires)
-        x = torch.addmm(self.mean, f, self.dictionary)
-        if self.noise:
-            x += self.noise * torch.randn(x.shape, **at)
-        return x, f
+        return fires
+
+    def _firing_cells(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The same for independent features at a cost per firing, not per feature and row: the flat
+        indices of the cells of (batch, n_features) that fire, and where each row's begin.
+
+        Give cell (row, i) a stretch of length -log(1 - p_i) on a line, and let events fall on it at
+        rate 1: some event hits a stretch with probability p_i, whatever happens elsewhere.
+        """
+        length = batch * float(self._stretch[-1])
+        gaps = torch.empty(int(length + 10 * length**0.5 + 10), dtype=torch.float64)
+        event = gaps.exponential_(generator=generator).cumsum_(0)
+        event = event[: torch.searchsorted(event, length)]
+        row = event.div(self._stretch[-1], rounding_mode="floor")
+        feature = torch.searchsorted(self._stretch, event - row * self._stretch[-1], right=True)
+        row, feature = row.long().clamp_max_(batch - 1), feature.clamp_max_(self.n_features - 1)
+        cells = (row * self.n_features + feature).unique_consecutive()
+        return cells, torch.searchsorted(cells, torch.arange(batch) * self.n_features)
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Endless batches x (batch_size, d_in). The same seed gives the same ones."""

@@ -1,4 +1,4 @@
-"""The three-term loss in NumPy, forward and backward by hand: no autograd, no torch, no shared code.
+"""The three-term loss in NumPy, forward and backward by hand: no autograd, no shared code.
 
 Weights a, l1, c of the terms make every term's gradient testable by itself:
 

@@ -111,7 +111,7 @@ def test_the_factor_on_x_is_the_projection_of_the_whole_batch(pair):
 
 @given(pairs())
 def test_the_factors_are_not_reciprocal(pair):
-    """S5: their product is the squared cosine, 1 for collinear batches and below 1 for all others."""
+    """S5: their product is the squared cosine, 1 for collinear batches and below 1 for others."""
     x, x_hat = pair
     m = moments(x, x_hat)
     a, b = x.flatten(), x_hat.flatten()
@@ -244,7 +244,7 @@ def test_the_metrics_of_a_stream_are_ratios_of_means():
 
 
 def test_the_variance_of_data_far_from_zero_is_exact():
-    """FVU with a mean 10^6 standard deviations away: float32 sums of squares would hold no digit."""
+    """FVU with a mean 10^6 standard deviations away: sums of squares would hold few digits."""
     sae = StandardSAE(3, 2, dtype=torch.float64)
     noise = random_batch(1000, 3, seed=0)
     with torch.no_grad():

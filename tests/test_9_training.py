@@ -37,7 +37,7 @@ def toy():
 
 
 def test_standard_shrinks_and_gated_does_not(toy):
-    """Margins: γ of Standard is 0.05 short of 1 or more, falling as λ rises; of Gated within 0.02."""
+    """Margins: γ of Standard is 0.05 short of 1, and falls as λ rises; of Gated within 0.02."""
     standard, gated = toy
     assert (standard.gamma < 0.95).all()
     assert (standard.gamma.diff() < -0.03).all()
