@@ -1,0 +1,52 @@
+"""The README's code runs and prints what the README says; its tables are the committed results."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import explainer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+NUMBER = re.compile(r"-?\d+\.\d+")
+
+
+def test_the_python_block_prints_what_the_text_block_shows(tmp_path):
+    """Same lines; numbers within 5%, for other CPUs round otherwise."""
+    code, shown = re.search(
+        r"```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", README, re.S
+    ).groups()
+    assert code.count("\n") <= 10
+    source = f"import sys, torch\nsys.path[:0] = [{str(ROOT)!r}]\ntorch.set_num_threads(1)\n{code}"
+    run = subprocess.run(
+        [sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert NUMBER.sub("#", run.stdout).split() == NUMBER.sub("#", shown).split()
+    printed, promised = (list(map(float, NUMBER.findall(text))) for text in (run.stdout, shown))
+    assert printed == pytest.approx(promised, rel=0.05)
+    assert (tmp_path / "my_sae" / "cfg.json").exists()
+
+
+def test_every_python_block_is_tested():
+    assert README.count("```python") == 1
+
+
+def test_the_two_commands_stand_alone_on_their_lines():
+    for command in ("marimo run explainer.py", "pytest"):
+        assert f"\n    pip install -r requirements.txt && {command}\n" in README
+
+
+def test_the_table_is_the_committed_one():
+    table = json.loads((ROOT / "results" / "pareto.json").read_text())["table"]
+    shown = re.search(r"<!-- comparison -->\n\n(.*?)\n\n<!-- /comparison -->", README, re.S)[1]
+    assert shown == explainer.as_markdown(explainer.comparison(table))
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
