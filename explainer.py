@@ -21,9 +21,9 @@ with app.setup:
 
     RESULTS = mo.notebook_dir() / "results"
     D_IN, N_FEATURES, ACTIVE = 64, 256, 5
-    # What is compared. λ of each spans the same range of L0; Gated pays for its penalty with less
-    # shrinkage and so takes larger ones. A tied Gated SAE of width M costs as much to train as a
-    # Standard one of width 1.5 M: A9.
+    # What is compared: (kind, d_sae, (least λ, most λ)). The ranges of L0 overlap; Gated needs
+    # larger λ for the same L0. Its step has three products with a weight matrix where Standard has
+    # two, so at equal training compute the Standard SAE may be 1.5 times as wide.
     COMPARED = {
         "Standard": (StandardSAE, N_FEATURES, (0.2, 1.6)),
         "Standard 1.5x": (StandardSAE, 3 * N_FEATURES // 2, (0.2, 1.6)),

@@ -27,9 +27,9 @@ def random_directions(n: int, d: int, generator: torch.Generator) -> Tensor:
 def orthogonal_directions(n: int, d: int, generator: torch.Generator) -> Tensor:
     """Directions as orthogonal as n and d allow: (n, d).
 
-    For n ≤ d they are orthonormal. For n > d they form a tight frame, for which the sum over all
-    pairs of (d_i · d_j)² is as small as it can be, n²/d (Benedetto & Fickus 2003). Found by turns:
-    the nearest matrix with equal singular values, then unit rows again.
+    For n ≤ d they are orthonormal. For n > d they approach a tight frame, where Σ_ij (d_i · d_j)²
+    is as small as it can be, n²/d (Benedetto & Fickus 2003). Found by turns: the nearest matrix of
+    equal singular values, then unit rows again.
     """
     D = random_directions(n, d, generator)
     for _ in range(50):
@@ -92,10 +92,10 @@ class SuperpositionData:
     firing       P(feature fires): one number, or one per feature, say from `zipf`
     magnitude    how strongly, if it fires: "constant", "uniform", "half_normal", "exponential",
                  "log_normal", each of mean 1
-    correlation  ρ in [0, 1): a feature fires where a Gaussian of its own is low, and a share ρ of
-                 its variance comes from `rank` common factors (a copula: it moves no probability)
-    parents      per feature the index of its parent, or -1; it then fires only where the parent
-                 does, and leaves correlation to the root
+    correlation  ρ in [0, 1): features fire together more, or less, often than chance, through
+                 `rank` Gaussian factors that they share; each P(feature fires) stays as given
+    parents      per feature the index of its parent, or -1; it fires only where its parent does.
+                 Correlation then acts on the roots alone
     groups       per feature the number of its group, or -1; one at most of a group fires on a row
     noise        standard deviation of Gaussian noise in each dimension
     mean         a vector (d_in,), or the length of a random one

@@ -234,14 +234,14 @@ def test_bad_batches_are_named(variant, method, x, error, says):
 
 
 def test_a_stack_refuses_other_leading_dimensions():
-    with pytest.raises(ValueError, match=r"\(2, 5, 4\), expected \(3,\)"):
+    with pytest.raises(ValueError, match=r"\(2, 5, 4\), expected \(\*\(3,\), batch, 4\)"):
         GatedSAE(4, 8, stack=3).encode(torch.zeros(2, 5, 4))
 
 
 def test_losses_want_rows():
     sae = GatedSAE(4, 8)
     assert sae(torch.zeros(2, 5, 4)).shape == (2, 5, 4)
-    with pytest.raises(ValueError, match=r"\(2, 5, 4\), expected \(batch, 4\)"):
+    with pytest.raises(ValueError, match=r"\(2, 5, 4\), expected \(\*\(\), batch, 4\)"):
         sae.losses(torch.zeros(2, 5, 4))
 
 
