@@ -39,10 +39,11 @@ scales of its own; the learning rate warms up and falls over shares of the run.
 
 import json
 import math
+import operator
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -134,15 +135,15 @@ class SAE(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        stack = (stack,) if isinstance(stack, int) else stack
+        stack = (stack,) if hasattr(stack, "__index__") else stack
         self.d_in, self.d_sae = _positive_int("d_in", d_in), _positive_int("d_sae", d_sae)
         self.stack = tuple(_positive_int("a dimension of stack", n) for n in stack)
-        self.normalize = bool(normalize)
-        W_dec = torch.empty(*self.stack, d_sae, d_in, device=device, dtype=dtype)
+        self.normalize = _flag("normalize", normalize)
+        W_dec = torch.empty(*self.stack, self.d_sae, self.d_in, device=device, dtype=dtype)
         if not W_dec.is_floating_point():
             raise TypeError(f"dtype is {dtype}, expected a floating-point dtype")
         if not W_dec.is_meta:  # on the meta device there are shapes and no numbers: see `load`
-            generator = generator or torch.Generator().manual_seed(0)
+            generator = torch.Generator().manual_seed(0) if generator is None else generator
             at = dict(generator=generator, device=generator.device, dtype=W_dec.dtype)
             W_dec.copy_(F.normalize(torch.randn(W_dec.shape, **at), dim=-1))
         self.W_dec = nn.Parameter(W_dec)
@@ -150,9 +151,9 @@ class SAE(nn.Module, ABC):
         # transposed view would share memory, and the two would stay tied for ever. (By itself,
         # `clone` would keep the transposed strides.)
         self.W_enc = nn.Parameter(W_dec.mT.clone(memory_format=torch.contiguous_format))
-        self.b_dec = nn.Parameter(W_dec.new_zeros(*self.stack, d_in))
+        self.b_dec = nn.Parameter(W_dec.new_zeros(*self.stack, self.d_in))
         for name in self.latent_vectors:
-            setattr(self, name, nn.Parameter(W_dec.new_zeros(*self.stack, d_sae)))
+            setattr(self, name, nn.Parameter(W_dec.new_zeros(*self.stack, self.d_sae)))
 
     @property
     def config(self) -> dict:
@@ -202,12 +203,25 @@ class SAE(nn.Module, ABC):
         if x.ndim < 2 or x.shape[-1] != self.d_in or x.numel() == 0:
             raise ValueError(f"x is {tuple(x.shape)}, expected (..., batch ≥ 1, {self.d_in})")
         if (self.stack or rows_only) and x.shape[:-2] not in ((), self.stack):
-            raise ValueError(f"x is {tuple(x.shape)}, expected (*{self.stack}, batch, {self.d_in})")
+            own = f" or (*{self.stack}, batch, {self.d_in})" if self.stack else ""
+            raise ValueError(f"x is {tuple(x.shape)}, expected (batch, {self.d_in}){own}")
 
     # Rows of W_dec have norm 1, or the penalty could be dodged: with d_i twice as long, half of f_i
     # gives the same x̂ at half the price. Each step removes the gradient's radial part, which would
     # only swell Adam's second moment and so shorten the useful part of the step; then steps; then
     # renormalises, since Adam rescales each coordinate and its step is not tangential again.
+
+    @torch.no_grad()
+    def fold_decoder_norms(self) -> None:
+        """d_i ← d_i / n_i and f_i ← n_i f_i, for n_i = ‖d_i‖: x̂ and the squared errors stay."""
+        n = self.W_dec.norm(dim=-1)
+        n = torch.where(n > 0, n, 1)
+        self.W_dec /= n.unsqueeze(-1)
+        for name, parameter in self.named_parameters():
+            if name in ("W_enc", "W_mag"):
+                parameter *= rows(n)
+            elif name.startswith("b_") and name != "b_dec":
+                parameter *= n
 
     @torch.no_grad()
     def remove_radial_gradient(self) -> None:
@@ -238,8 +252,14 @@ class StandardSAE(SAE):
 
 
 def _positive_int(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name} is {value!r}, expected a positive integer")
+    return operator.index(value)
+
+
+def _flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected True or False")
     return value
 
 
@@ -268,7 +288,7 @@ def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
 #
 # so descent lowers b_gate of each latent whose gate ever opens, and nothing ever raises it. W_gate
 # is in the same trap. (Tied to W_mag, as in section 6, it still hears of the reconstruction, and
-# only dies more slowly.) The loss reads well, falls for a while, and ends near E‖x‖², all gates shut.
+# only dies more slowly.) The loss reads well, falls for a while, and ends near E‖x‖²: all shut.
 
 
 def incorrect_losses(x: Tensor, f: Tensor, pi_gate: Tensor, W_dec: Tensor, b_dec: Tensor) -> Losses:
@@ -297,8 +317,9 @@ def gated_losses(
     # shrunken, at the cost of f̃. b_dec is frozen as the decoder's bias only: it is also in π_gate,
     # as x - b_dec, and there it keeps its gradient.
     W_aux, b_aux = (W_dec.detach(), b_dec.detach()) if frozen else (W_dec, b_dec)
-    aux = squared_error(x, decode(F.relu(pi_gate), W_aux, b_aux))
-    return incorrect_losses(x, f, pi_gate, W_dec, b_dec)._replace(aux=aux)
+    f_gate = F.relu(pi_gate)
+    aux = squared_error(x, decode(f_gate, W_aux, b_aux))
+    return l1_losses(x, f, f_gate, W_dec, b_dec)._replace(aux=aux)
 
 
 # -- 6 · Weight tying ------------------------------------------------------------------------------
@@ -325,7 +346,7 @@ class GatedSAE(SAE):
         if aux not in ("frozen", "unfrozen", None):
             raise ValueError(f"aux is {aux!r}, expected 'frozen', 'unfrozen' or None")
         super().__init__(d_in, d_sae, **options)
-        self.tied, self.aux = bool(tied), aux
+        self.tied, self.aux = _flag("tied", tied), aux
         if self.tied:
             self.r_mag = nn.Parameter(torch.zeros_like(self.b_gate))
         else:
@@ -394,6 +415,7 @@ class Moments(NamedTuple):
     @classmethod
     def from_norms(cls, x_sq: Tensor, x_hat_sq: Tensor, error_sq: Tensor) -> "Moments":
         """From three numbers most runs log: E[x̂·x] = (E‖x̂‖² + E‖x‖² - E‖x - x̂‖²) / 2."""
+        x_sq, x_hat_sq, error_sq = map(torch.as_tensor, (x_sq, x_hat_sq, error_sq))
         return cls(x_sq, x_hat_sq, (x_hat_sq + x_sq - error_sq) / 2)
 
     @property
@@ -446,25 +468,27 @@ def moments(x: Tensor, x_hat: Tensor) -> Moments:
         raise ValueError(
             f"x is {tuple(x.shape)}, x_hat {tuple(x_hat.shape)}, expected one (..., batch, d_in)"
         )
-    x_sq, x_hat_sq, dot = (
-        (a * b).sum(-1).mean(-1) for a, b in ((x, x), (x_hat, x_hat), (x, x_hat))
-    )
+    # Squares of half-precision numbers overflow at 256.
+    x, x_hat = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (x, x_hat))
+    dot = (x * x_hat).sum(-1).mean(-1)
+    x_sq, x_hat_sq = (v.square().sum(-1).mean(-1) for v in (x, x_hat))
     return Moments(x_sq.expand_as(dot), x_hat_sq, dot)
 
 
 def relative_reconstruction_bias(x: Tensor, x_hat: Tensor) -> Tensor:
     """γ of (..., batch, d_in) twice -> (...); see `Moments.gamma`. ValueError where undefined."""
     m = moments(x, x_hat)
-    if (m.dot == 0).any():
-        raise ValueError("γ = E‖x̂‖² / E[x̂·x] is undefined: E[x̂·x] is 0, expected another number")
+    if not (m.dot.isfinite() & m.x_hat_sq.isfinite() & (m.dot != 0)).all():
+        raise ValueError(f"γ = E‖x̂‖² / E[x̂·x] is undefined for {m}, expected E[x̂·x] ≠ 0")
     return m.gamma
 
 
 def _ratio(a: Tensor, b: Tensor, name: str, denominator: str) -> Tensor:
-    if (b == 0).any():
-        message = f"{name} is undefined, and NaN, where {denominator} is 0"
+    ratio = torch.where(b == 0, torch.nan, a / b)
+    if not ratio.isfinite().all():
+        message = f"{name} is undefined where {denominator} is 0, NaN or infinite"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
-    return torch.where(b == 0, torch.nan, a / b)
+    return ratio
 
 
 class Metrics(NamedTuple):
@@ -504,7 +528,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
             offset=(x - origin).mean(-2),
             offset_sq=squared_error(x, origin),
             fires=(f > 0).sum(-2, dtype=wide) / n,
-            l1=f.sum(-1).mean(-1, dtype=wide),
+            l1=f.sum(-1, dtype=wide).mean(-1),
         )
         sums = {name: sums.get(name, 0) + n * mean for name, mean in means.items()}
         n_rows += n
@@ -529,12 +553,13 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
 
 
 def _stream(sae: SAE, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Each batch, checked, on the SAE's device and in its dtype. Errors give the batch's number."""
+    """Each batch, checked, on the SAE's device and in its dtype. Errors number them from 0."""
     if isinstance(batches, Tensor):
         raise TypeError("batches is one tensor, expected an iterable of them: x.split(512), or [x]")
     for number, x in enumerate(batches):
         if isinstance(x, Tensor) and x.is_floating_point():
-            x = x.to(sae.W_enc.device, sae.W_enc.dtype)
+            # Detached: the model that made x is not being trained.
+            x = x.detach().to(sae.W_enc.device, sae.W_enc.dtype)
         try:
             sae.check(x, rows_only=True)
         except (TypeError, ValueError) as error:
@@ -595,8 +620,9 @@ def train(
                shares of the steps in which lr and λ rise linearly, and in which lr falls at the end
     device     None: `best_device()`; the SAE is moved there, and each batch
 
-    NaN or infinity in a batch or a loss, or too few batches, raise ValueError with the step, and
-    leave the SAE as trained before that step.
+    A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. NaN or infinity in a batch
+    or a loss, or too few batches, raise ValueError with the step, and leave the SAE as before that
+    step. A half-precision SAE is a TypeError: its rounding swallows the steps.
     """
     _positive_int("steps", steps), _positive_int("log_every", log_every)
     if not 0 < lr < math.inf:
@@ -604,13 +630,19 @@ def train(
     if not all(0 <= share <= 1 for share in (lr_warmup, l1_warmup, lr_decay)):
         shares = lr_warmup, l1_warmup, lr_decay
         raise ValueError(f"lr_warmup, l1_warmup, lr_decay are {shares}, expected shares in [0, 1]")
-    sae.to(device or best_device())
-    l1 = torch.as_tensor(l1, dtype=sae.W_enc.dtype, device=sae.W_enc.device)
+    if torch.finfo(sae.W_enc.dtype).bits < 32:
+        raise TypeError(f"the SAE is {sae.W_enc.dtype}, expected float32: train, then convert")
+    sae.to(best_device() if device is None else device)
+    l1 = torch.as_tensor(l1).detach().clone().to(sae.W_enc)
     if l1.shape not in ((), sae.stack) or not ((l1 >= 0) & l1.isfinite()).all():
         raise ValueError(
             f"l1 is {l1.tolist()}, expected finite and ≥ 0, of shape () or {sae.stack}"
         )
 
+    if (sae.W_dec.norm(dim=-1) - 1).abs().max() > 1e-3:
+        sae.fold_decoder_norms()
+
+    @torch.enable_grad()  # also where the caller has switched gradients off
     def run() -> Iterator[Record]:  # apart, so that the checks above do not wait for an iteration
         optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, fused=True)
         step = 0
@@ -627,7 +659,8 @@ def train(
                 raise ValueError(f"step {step}: {cause}; the SAE is as it was before this step")
             optimizer.zero_grad()
             total.sum().backward()
-            sae.remove_radial_gradient()
+            if sae.W_dec.requires_grad:
+                sae.remove_radial_gradient()
             optimizer.param_groups[0]["lr"] = lr_now
             optimizer.step()
             sae.normalize_decoder()
@@ -645,10 +678,11 @@ def train(
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES = {"standard": StandardSAE, "gated": GatedSAE, "gated_untied": GatedSAE}
-# What SAELens may do to x on its way in, and this file does not: other values are refused.
+# What SAELens may do and this file does not: another value is refused.
 PREPROCESSING = dict(
     apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none"
 )
+FIXED = PREPROCESSING | dict(activation_fn="relu", activation_fn_str="relu")
 
 
 def save(sae: SAE, folder: str | os.PathLike) -> None:
@@ -657,13 +691,17 @@ def save(sae: SAE, folder: str | os.PathLike) -> None:
     If the folder holds an SAE of the same configuration, its weights are replaced; if of another
     one, ValueError. A kill at any moment leaves the old SAE or the new: the config is written while
     there are no weights and never changes under them, and the weights are replaced in one move.
+    (One process at a time may save to a folder.)
     """
-    from safetensors.torch import save as to_bytes
+    from safetensors.torch import save_file
 
-    folder = Path(folder)
+    folder, sae = Path(folder), getattr(sae, "_orig_mod", sae)  # torch.compile wraps modules
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, expected a folder to save into")
     given = _describe(sae)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in sae.state_dict().items()}
+    blank = type(sae)(**sae.config, dtype=sae.W_enc.dtype, device="meta")
+    _fill(blank, tensors, "the SAE")  # what could not be loaded is not saved
     if (folder / WEIGHTS_FILE).exists():
         held = _describe(_blank(folder))
         differ = {
@@ -674,9 +712,8 @@ def save(sae: SAE, folder: str | os.PathLike) -> None:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         config = given | PREPROCESSING | dict(device="cpu", metadata={})
-        _replace(folder / CONFIG_FILE, json.dumps(config, indent=2).encode())
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in sae.state_dict().items()}
-    _replace(folder / WEIGHTS_FILE, to_bytes(tensors))
+        _replace(folder / CONFIG_FILE, lambda new: new.write_text(json.dumps(config, indent=2)))
+    _replace(folder / WEIGHTS_FILE, lambda new: save_file(tensors, new))
 
 
 def load(folder: str | os.PathLike, device: torch.device | str = "cpu") -> SAE:
@@ -691,10 +728,11 @@ def load(folder: str | os.PathLike, device: torch.device | str = "cpu") -> SAE:
     folder = Path(folder)
     sae = _blank(folder)
     try:
-        tensors = load_file(folder / WEIGHTS_FILE)
+        # Copies: what load_file returns is the file itself, and would change with it.
+        tensors = {name: t.clone() for name, t in load_file(folder / WEIGHTS_FILE).items()}
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no {WEIGHTS_FILE}, expected a saved SAE") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {error}, expected safetensors") from None
     return _fill(sae, tensors, folder).to(device)
 
@@ -704,25 +742,19 @@ def from_dictionary_learning(state: Mapping[str, Tensor]) -> SAE:
 
     ValueError, with both lists of names and shapes, if it is neither.
     """
-    variant, vectors = StandardSAE, {"bias": "b_dec", "encoder.bias": "b_enc"}
+    names = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
     if "r_mag" in state:
-        variant, vectors = (
-            GatedSAE,
-            dict(decoder_bias="b_dec", gate_bias="b_gate", mag_bias="b_mag"),
-        )
-    names = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"} | vectors
-    tensors = {
-        names.get(key, key): tensor.detach().mT.clone()
-        if tensor.ndim == 2
-        else tensor.detach().clone()
-        for key, tensor in state.items()
-    }
-    if "W_enc" not in tensors:
+        variant = GatedSAE
+        names |= dict(decoder_bias="b_dec", gate_bias="b_gate", mag_bias="b_mag", r_mag="r_mag")
+    else:
+        variant = StandardSAE
+        names |= {"bias": "b_dec", "encoder.bias": "b_enc"}
+    if set(state) != set(names) or state["encoder.weight"].ndim != 2:
         raise ValueError(f"the state holds {sorted(state)}, expected {sorted(names)}")
-    d_in, d_sae = tensors["W_enc"].shape
-    return _fill(
-        variant(d_in, d_sae, dtype=tensors["W_enc"].dtype, device="meta"), tensors, "the state"
-    )
+    turned = {old: t.mT if t.ndim == 2 else t for old, t in state.items()}
+    tensors = {new: turned[old].detach().clone() for old, new in names.items()}
+    W_enc = tensors["W_enc"]
+    return _fill(variant(*W_enc.shape, dtype=W_enc.dtype, device="meta"), tensors, "the state")
 
 
 def _describe(sae: SAE) -> dict:
@@ -736,7 +768,7 @@ def _blank(folder: Path) -> SAE:
     path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_bytes())
-        for key, known in PREPROCESSING.items():
+        for key, known in FIXED.items():
             if config.get(key, known) != known:
                 raise ValueError(f"{key} is {config[key]!r}, expected {known!r}")
         variant = ARCHITECTURES[config["architecture"]]
@@ -747,7 +779,7 @@ def _blank(folder: Path) -> SAE:
             raise ValueError(f"architecture is {config['architecture']!r}, with {options}")
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no {CONFIG_FILE}, expected a saved SAE") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{path}: {error!r}, expected the config of one of {known}") from None
     return sae
@@ -762,13 +794,12 @@ def _fill(sae: SAE, tensors: Mapping[str, Tensor], source) -> SAE:
     return sae
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file in one move: it holds the old content or the new, also after a kill."""
     new = path.with_name(path.name + ".new")
     try:
-        with open(new, "wb") as file:
-            file.write(content)
-            file.flush()
+        write(new)
+        with open(new, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(new, path)
     finally:

@@ -82,6 +82,7 @@ folder, module = sys.argv[1:]
 sys.path.insert(0, module)
 torch.set_num_threads(1)
 from gated_sae import GatedSAE, load, save
+save(GatedSAE(1, 1), folder + " of the parent")  # imports what no child should spend its time on
 
 def save_1_2_3(sae):
     for k in range(1, 10_000):
@@ -89,7 +90,7 @@ def save_1_2_3(sae):
             p.data.fill_(k)
         save(sae, folder)
 
-for pause in (0.1 * torch.rand(30, generator=torch.Generator().manual_seed(0))).tolist():
+for pause in (0.15 * torch.rand(30, generator=torch.Generator().manual_seed(0))).tolist():
     child = os.fork()
     if not child:
         save_1_2_3(GatedSAE(64, 2048))
@@ -173,6 +174,10 @@ def change(folder, **entries):
         ({"architecture": ["gated"]}, "expected the config of one of"),
         ({"tied": False}, "architecture is 'gated', with"),
         ({"stack": [2]}, "weights are .* expected"),
+        ({"normalize": "false"}, "normalize is 'false', expected True or False"),
+        ({"tied": 1}, "tied is 1, expected True or False"),
+        ({"d_sae": 10**18}, "expected the config of one of"),
+        ({"activation_fn_str": "topk"}, "activation_fn_str is 'topk', expected 'relu'"),
         ({"apply_b_dec_to_input": False}, "apply_b_dec_to_input is False, expected True"),
         ({"normalize_activations": "layer_norm"}, "is 'layer_norm', expected 'none'"),
     ],
@@ -195,6 +200,11 @@ def test_missing_files_are_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"holds no {name}, expected a saved SAE"):
         load(folder)
+
+
+def test_a_file_in_place_of_the_folder_is_named(folder):
+    with pytest.raises(ValueError, match="expected the config of one of"):
+        load(folder / WEIGHTS)
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -222,6 +232,30 @@ def test_foreign_weights_are_named(folder, name):
     save_file(tensors, folder / WEIGHTS)
     with pytest.raises(ValueError, match="weights are .* expected"):
         load(folder)
+
+
+def test_a_loaded_sae_does_not_change_with_its_file(folder):
+    sae = load(folder)
+    before = sae.W_dec.detach().clone()
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-400:] = bytes(400)
+    (folder / WEIGHTS).write_bytes(content)
+    assert torch.equal(sae.W_dec, before)
+
+
+def test_what_could_not_be_loaded_is_not_saved(folder):
+    odd = GatedSAE(4, 6)
+    odd.register_buffer("extra", torch.zeros(1))
+    with pytest.raises(ValueError, match="the SAE: the weights are .* expected"):
+        save(odd, folder)
+    load(folder)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_a_compiled_sae_is_saved_as_itself(tmp_path):
+    sae = GatedSAE(4, 6)
+    save(torch.compile(sae), tmp_path)
+    assert_equal(dict(load(tmp_path).state_dict()), dict(sae.state_dict()), rtol=0, atol=0)
 
 
 def test_a_pickle_is_not_opened(folder):
@@ -279,8 +313,12 @@ def test_dictionary_learning_states_load_and_give_the_same_outputs(name):
     ("spoil", "says"),
     [
         (lambda state: state.pop("encoder.weight"), "the state holds .* expected"),
-        (lambda state: state.pop("gate_bias"), "weights are .* expected"),
-        (lambda state: state.update(extra=torch.zeros(1)), "weights are .* expected"),
+        (lambda state: state.pop("gate_bias"), "the state holds .* expected"),
+        (lambda state: state.update(k=3), "the state holds .* expected"),
+        (
+            lambda state: state.update({"encoder.weight": torch.zeros(3)}),
+            "the state holds .* expect",
+        ),
         (lambda state: state.update(r_mag=torch.zeros(5)), "weights are .* expected"),
     ],
 )

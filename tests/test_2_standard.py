@@ -199,6 +199,24 @@ def test_a_zero_decoder_row_and_a_zero_batch_stay_finite(variant, d_in, d_sae, s
     assert (sae.W_dec[0] == 0).all()
 
 
+@given(variants, sizes, seeds, st.sampled_from([(), (2,)]))
+def test_folding_norms_into_the_latents_keeps_the_reconstruction(variant, size, seed, stack):
+    sae = random_sae(variant, size, seed, stack=stack)
+    with torch.no_grad():
+        sae.W_dec *= torch.linspace(0.2, 5, size[1], dtype=torch.float64)[:, None]
+        sae.W_dec[..., 0, :] = 0
+    x = random_batch(5, size[0], seed=seed)
+    f, x_hat, losses = sae.encode(x), sae(x), sae.losses(x)
+    norms = sae.W_dec.norm(dim=-1)
+    norms = torch.where(norms > 0, norms, 1).unsqueeze(-2)
+    sae.fold_decoder_norms()
+    assert_equal(sae.encode(x), f * norms)
+    assert_equal(sae(x), x_hat)
+    assert_equal(sae.losses(x)[::2], losses[::2])
+    rest = sae.W_dec.norm(dim=-1)[..., 1:]
+    assert_equal(rest, torch.ones_like(rest))
+
+
 @given(variants, sizes, seeds)
 def test_removing_the_radial_gradient_leaves_the_tangent(variant, size, seed):
     sae = random_sae(variant, size, seed)
@@ -234,14 +252,16 @@ def test_bad_batches_are_named(variant, method, x, error, says):
 
 
 def test_a_stack_refuses_other_leading_dimensions():
-    with pytest.raises(ValueError, match=r"\(2, 5, 4\), expected \(\*\(3,\), batch, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"\(2, 5, 4\), expected \(batch, 4\) or \(\*\(3,\), batch, 4\)"
+    ):
         GatedSAE(4, 8, stack=3).encode(torch.zeros(2, 5, 4))
 
 
 def test_losses_want_rows():
     sae = GatedSAE(4, 8)
     assert sae(torch.zeros(2, 5, 4)).shape == (2, 5, 4)
-    with pytest.raises(ValueError, match=r"\(2, 5, 4\), expected \(\*\(\), batch, 4\)"):
+    with pytest.raises(ValueError, match=r"\(2, 5, 4\), expected \(batch, 4\)$"):
         sae.losses(torch.zeros(2, 5, 4))
 
 
@@ -260,6 +280,11 @@ def test_losses_want_rows():
 def test_bad_sizes_are_named(variant, args, options, error, says):
     with pytest.raises(error, match=says):
         VARIANTS[variant](*args, **options)
+
+
+def test_numpy_integers_are_integers():
+    sae = GatedSAE(np.int64(4), np.int32(8), stack=np.int64(2))
+    assert [type(n) for n in (sae.d_in, sae.d_sae, *sae.stack)] == [int] * 3
 
 
 def test_the_base_class_is_no_variant():

@@ -195,6 +195,44 @@ def test_training_takes_exactly_its_steps_from_the_batches():
     assert torch.equal(next(batches), eighth)
 
 
+def test_a_decoder_from_elsewhere_is_folded_and_the_function_kept():
+    """Rows of norms 0.2 to 5: one step of no size changes nothing but their norms."""
+    sae = random_sae("gated", (8, 16), 0)
+    with torch.no_grad():
+        sae.W_dec *= torch.linspace(0.2, 5, 16)[:, None]
+    x = next(DATA.batches(64, seed=0)).double()
+    before = sae(x)
+    list(train(sae, [x], l1=0.1, steps=1, lr=1e-12, device="cpu"))
+    assert_equal(sae(x), before)
+    assert_equal(sae.W_dec.norm(dim=-1), torch.ones(16).double())
+
+
+def test_the_model_that_makes_the_batches_is_not_trained():
+    model = torch.nn.Linear(8, 8)
+    batches = (model(x) for x in DATA.batches(32, seed=0))
+    list(train(GatedSAE(8, 16), batches, l1=0.1, steps=2, device="cpu"))
+    assert model.weight.grad is None
+
+
+def test_training_works_where_gradients_are_switched_off():
+    with torch.no_grad():
+        switched_off, _ = trained(GatedSAE(8, 16))
+    assert_equal(dict(switched_off.state_dict()), dict(trained(GatedSAE(8, 16))[0].state_dict()))
+
+
+@pytest.mark.parametrize("frozen", ["W_dec", "W_enc", "b_dec", "r_mag"])
+def test_frozen_parameters_stay(frozen):
+    sae = GatedSAE(8, 16)
+    before = getattr(sae, frozen).requires_grad_(False).clone()
+    trained(sae)
+    assert_equal(getattr(sae, frozen).detach(), before, rtol=0, atol=1e-6)
+
+
+def test_half_precision_is_refused_with_advice():
+    with pytest.raises(TypeError, match=r"bfloat16, expected float32: train, then convert"):
+        train(GatedSAE(8, 16, dtype=torch.bfloat16), [], l1=0.1, steps=5, device="cpu")
+
+
 # -- Bad input -------------------------------------------------------------------------------------
 
 
