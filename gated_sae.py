@@ -29,12 +29,12 @@ module, which run as one.
     1[·], ⊙                                    1 where true and 0 elsewhere; elementwise product
 
 Map.  2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient vanishes · 5 the
-auxiliary task · 6 weight tying · 8 metrics · 9 training · 12 files.  No idea uses a later one: stop
-after any section and own what came before. (7, 10 and 11 are reserved.)
+auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training · 12 files.  No idea uses
+a later one: stop after any section and own what came before. (10 and 11 are reserved.)
 
 Departures from the paper: W_enc starts as a copy of W_dec transposed, and λ warms up (both became
-practice later); dead latents are not resampled; the untied variant has no r_mag, since W_mag has
-scales of its own; the learning rate warms up and falls over shares of the run.
+practice later); dead latents are resampled on request only; the untied variant has no r_mag, since
+W_mag has scales of its own; the learning rate warms up and falls over shares of the run.
 """
 
 import json
@@ -97,13 +97,23 @@ class Losses(NamedTuple):
         return self.reconstruct + l1 * self.sparsity + self.aux
 
 
-def l1_losses(x: Tensor, f: Tensor, penalised: Tensor, W_dec: Tensor, b_dec: Tensor) -> Losses:
+def l1_penalty(f: Tensor, W_dec: Tensor) -> Tensor:
+    """‖f‖₁ for f ≥ 0: (..., batch, d_sae) -> (..., batch). Those of section 7 see W_dec as well."""
+    return f.sum(-1)
+
+
+PENALTIES = {"l1": l1_penalty}
+
+
+def penalised_losses(
+    x: Tensor, f: Tensor, penalised: Tensor, W_dec: Tensor, b_dec: Tensor, penalty=l1_penalty
+) -> Losses:
     """E‖x - x̂(f)‖² + λ E‖penalised‖₁, for f, penalised ≥ 0 of shape (..., batch, d_sae).
 
     A standard SAE penalises f itself (section 2.2 of the paper), and that shrinks f.
     """
     reconstruct = squared_error(x, decode(f, W_dec, b_dec))
-    return Losses(reconstruct, penalised.sum(-1).mean(-1), torch.zeros_like(reconstruct))
+    return Losses(reconstruct, penalty(penalised, W_dec).mean(-1), torch.zeros_like(reconstruct))
 
 
 class SAE(nn.Module, ABC):
@@ -113,6 +123,7 @@ class SAE(nn.Module, ABC):
     normalize  divide the squared errors in `losses` by E‖x‖² of the batch (authors, in the
                discussion, to carry hyper-parameters between sites): c x then has the errors of x.
                Its sparsity is still c times as large, so the same λ weighs c times as much
+    penalty    "l1", or another of section 7
     generator  draws the initial dictionary. None is seed 0, never the global generator: two SAEs
                start alike unless given two generators
 
@@ -121,7 +132,7 @@ class SAE(nn.Module, ABC):
     """
 
     architecture: str
-    latent_vectors: tuple[str, ...]  # names of the parameters of shape (..., d_sae)
+    latent_vectors: dict[str, float]  # parameters of shape (..., d_sae), and where they start
 
     def __init__(
         self,
@@ -130,6 +141,7 @@ class SAE(nn.Module, ABC):
         *,
         stack: int | Sequence[int] = (),
         normalize: bool = False,
+        penalty: str = "l1",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -138,7 +150,9 @@ class SAE(nn.Module, ABC):
         stack = (stack,) if hasattr(stack, "__index__") else stack
         self.d_in, self.d_sae = _positive_int("d_in", d_in), _positive_int("d_sae", d_sae)
         self.stack = tuple(_positive_int("a dimension of stack", n) for n in stack)
-        self.normalize = _flag("normalize", normalize)
+        if penalty not in PENALTIES:
+            raise ValueError(f"penalty is {penalty!r}, expected one of {list(PENALTIES)}")
+        self.normalize, self.penalty = _flag("normalize", normalize), penalty
         W_dec = torch.empty(*self.stack, self.d_sae, self.d_in, device=device, dtype=dtype)
         if not W_dec.is_floating_point():
             raise TypeError(f"dtype is {dtype}, expected a floating-point dtype")
@@ -152,13 +166,14 @@ class SAE(nn.Module, ABC):
         # `clone` would keep the transposed strides.)
         self.W_enc = nn.Parameter(W_dec.mT.clone(memory_format=torch.contiguous_format))
         self.b_dec = nn.Parameter(W_dec.new_zeros(*self.stack, self.d_in))
-        for name in self.latent_vectors:
-            setattr(self, name, nn.Parameter(W_dec.new_zeros(*self.stack, self.d_sae)))
+        for name, start in self.latent_vectors.items():
+            setattr(self, name, nn.Parameter(W_dec.new_full((*self.stack, self.d_sae), start)))
 
     @property
     def config(self) -> dict:
         """The constructor's arguments: `type(sae)(**sae.config)` is an untrained sae like this."""
-        return dict(d_in=self.d_in, d_sae=self.d_sae, stack=self.stack, normalize=self.normalize)
+        names = "d_in", "d_sae", "stack", "normalize", "penalty"
+        return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -168,8 +183,8 @@ class SAE(nn.Module, ABC):
         """f, how strongly each latent fires: (..., batch, d_in) -> (..., batch, d_sae), all ≥ 0."""
 
     @abstractmethod
-    def loss_terms(self, x: Tensor) -> Losses:
-        """The terms before `normalize`."""
+    def loss_terms(self, x: Tensor) -> tuple[Losses, Tensor]:
+        """The terms before `normalize`, and f."""
 
     def project(self, x: Tensor) -> Tensor:
         """(x - b_dec) W_enc, the encoder's one product: (..., d_in) -> (..., d_sae)."""
@@ -185,13 +200,17 @@ class SAE(nn.Module, ABC):
 
     def losses(self, x: Tensor) -> Losses:
         """The terms of this variant's loss on (batch, d_in) or (*stack, batch, d_in)."""
+        return self.losses_and_latents(x)[0]
+
+    def losses_and_latents(self, x: Tensor) -> tuple[Losses, Tensor]:
+        """`losses`, and f, which they computed anyway."""
         self.check(x, rows_only=True)
-        terms = self.loss_terms(x)
-        if not self.normalize:
-            return terms
-        x_sq = x.square().sum(-1).mean(-1)
-        x_sq = torch.where(x_sq > 0, x_sq, 1)  # an all-zero batch has no scale to divide by
-        return terms._replace(reconstruct=terms.reconstruct / x_sq, aux=terms.aux / x_sq)
+        terms, f = self.loss_terms(x)
+        if self.normalize:
+            x_sq = x.square().sum(-1).mean(-1)
+            x_sq = torch.where(x_sq > 0, x_sq, 1)  # an all-zero batch has no scale to divide by
+            terms = terms._replace(reconstruct=terms.reconstruct / x_sq, aux=terms.aux / x_sq)
+        return terms, f
 
     def check(self, x: Tensor, rows_only: bool = False) -> None:
         """Raise TypeError or ValueError unless x is a batch that this SAE can take."""
@@ -211,6 +230,11 @@ class SAE(nn.Module, ABC):
     # only swell Adam's second moment and so shorten the useful part of the step; then steps; then
     # renormalises, since Adam rescales each coordinate and its step is not tangential again.
 
+    @property
+    def unit_norm(self) -> bool:
+        """Whether training keeps the rows at norm 1. A penalty on norms makes that needless."""
+        return self.W_dec.requires_grad and not self.penalty.startswith("norm")
+
     @torch.no_grad()
     def fold_decoder_norms(self) -> None:
         """d_i ← d_i / n_i and f_i ← n_i f_i, for n_i = ‖d_i‖: x̂ and the squared errors stay."""
@@ -220,7 +244,7 @@ class SAE(nn.Module, ABC):
         for name, parameter in self.named_parameters():
             if name in ("W_enc", "W_mag"):
                 parameter *= rows(n)
-            elif name.startswith("b_") and name != "b_dec":
+            elif name in self.latent_vectors:
                 parameter *= n
 
     @torch.no_grad()
@@ -240,15 +264,18 @@ class StandardSAE(SAE):
     """f = ReLU((x - b_dec) W_enc + b_enc), section 2.2 of the paper. Options: see `SAE`."""
 
     architecture = "standard"
-    latent_vectors = ("b_enc",)
+    latent_vectors = {"b_enc": 0.0}
+
+    def activation(self, pi: Tensor) -> Tensor:
+        return F.relu(pi)
 
     def encode(self, x: Tensor) -> Tensor:
         self.check(x)
-        return F.relu(self.project(x) + rows(self.b_enc))
+        return self.activation(self.project(x) + rows(self.b_enc))
 
-    def loss_terms(self, x: Tensor) -> Losses:
+    def loss_terms(self, x: Tensor) -> tuple[Losses, Tensor]:
         f = self.encode(x)
-        return l1_losses(x, f, f, self.W_dec, self.b_dec)
+        return penalised_losses(x, f, f, self.W_dec, self.b_dec, PENALTIES[self.penalty]), f
 
 
 def _positive_int(name: str, value: int) -> int:
@@ -291,13 +318,15 @@ def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
 # only dies more slowly.) The loss reads well, falls for a while, and ends near E‖x‖²: all shut.
 
 
-def incorrect_losses(x: Tensor, f: Tensor, pi_gate: Tensor, W_dec: Tensor, b_dec: Tensor) -> Losses:
+def incorrect_losses(
+    x: Tensor, f: Tensor, pi_gate: Tensor, W_dec: Tensor, b_dec: Tensor, penalty=l1_penalty
+) -> Losses:
     """E‖x - x̂(f̃)‖² + λ E‖ReLU(π_gate)‖₁: L_incorrect of the paper's section 3.2.2. It fails.
 
     What we mean to penalise is the gate itself, 1[π_gate > 0], but a step has no gradient here
     either. ReLU(π_gate) has one, and it reaches the gate. The reconstruction's still does not.
     """
-    return l1_losses(x, f, F.relu(pi_gate), W_dec, b_dec)
+    return penalised_losses(x, f, F.relu(pi_gate), W_dec, b_dec, penalty)
 
 
 # -- 5 · The auxiliary task ------------------------------------------------------------------------
@@ -307,7 +336,13 @@ def incorrect_losses(x: Tensor, f: Tensor, pi_gate: Tensor, W_dec: Tensor, b_dec
 
 
 def gated_losses(
-    x: Tensor, f: Tensor, pi_gate: Tensor, W_dec: Tensor, b_dec: Tensor, frozen: bool = True
+    x: Tensor,
+    f: Tensor,
+    pi_gate: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    penalty=l1_penalty,
+    frozen: bool = True,
 ) -> Losses:
     """E‖x - x̂(f̃)‖² + λ E‖ReLU(π_gate)‖₁ + E‖x - x̂_frozen(ReLU(π_gate))‖², section 3.2.2.
 
@@ -319,7 +354,7 @@ def gated_losses(
     W_aux, b_aux = (W_dec.detach(), b_dec.detach()) if frozen else (W_dec, b_dec)
     f_gate = F.relu(pi_gate)
     aux = squared_error(x, decode(f_gate, W_aux, b_aux))
-    return l1_losses(x, f, f_gate, W_dec, b_dec)._replace(aux=aux)
+    return penalised_losses(x, f, f_gate, W_dec, b_dec, penalty)._replace(aux=aux)
 
 
 # -- 6 · Weight tying ------------------------------------------------------------------------------
@@ -338,7 +373,8 @@ class GatedSAE(SAE):
     Other options: see `SAE`.
     """
 
-    latent_vectors = ("b_gate", "b_mag")
+    latent_vectors = {"b_gate": 0.0, "b_mag": 0.0}
+    gate = staticmethod(gate)
 
     def __init__(
         self, d_in: int, d_sae: int, tied: bool = True, *, aux: str | None = "frozen", **options
@@ -347,6 +383,10 @@ class GatedSAE(SAE):
             raise ValueError(f"aux is {aux!r}, expected 'frozen', 'unfrozen' or None")
         super().__init__(d_in, d_sae, **options)
         self.tied, self.aux = _flag("tied", tied), aux
+        if (aux, self.penalty) in (("frozen", "norm_live"), ("unfrozen", "norm_frozen")):
+            warnings.warn(
+                f"aux={aux!r} with penalty={self.penalty!r}: see norm_penalty", stacklevel=2
+            )
         if self.tied:
             self.r_mag = nn.Parameter(torch.zeros_like(self.b_gate))
         else:
@@ -368,14 +408,15 @@ class GatedSAE(SAE):
         return z + rows(self.b_gate), z_mag + rows(self.b_mag)
 
     def encode(self, x: Tensor) -> Tensor:
-        return gate(*self.paths(x))
+        return self.gate(*self.paths(x))
 
-    def loss_terms(self, x: Tensor) -> Losses:
+    def loss_terms(self, x: Tensor) -> tuple[Losses, Tensor]:
         pi_gate, pi_mag = self.paths(x)
-        args = x, gate(pi_gate, pi_mag), pi_gate, self.W_dec, self.b_dec
+        f = self.gate(pi_gate, pi_mag)
+        args = x, f, pi_gate, self.W_dec, self.b_dec, PENALTIES[self.penalty]
         if self.aux is None:
-            return incorrect_losses(*args)
-        return gated_losses(*args, frozen=self.aux == "frozen")
+            return incorrect_losses(*args), f
+        return gated_losses(*args, frozen=self.aux == "frozen"), f
 
     def threshold(self) -> Tensor:
         """θ = b_mag - exp(r_mag) b_gate, (..., d_sae), with f̃ = jump_relu(π_mag, θ).
@@ -394,6 +435,198 @@ def jump_relu(pi: Tensor, theta: Tensor) -> Tensor:
     For θ ≤ 0 nothing jumps. At θ = 0, b_mag = exp(r_mag) b_gate and f̃ = exp(r_mag) ReLU(π_gate).
     """
     return pi * (pi > rows(theta).clamp_min(0))
+
+
+# -- 7 · Alternatives ------------------------------------------------------------------------------
+# What the discussion proposed instead, or beside. First, other penalties.
+
+
+def log_penalty(f: Tensor, W_dec: Tensor) -> Tensor:
+    """Σ_i log(1 + f_i), a smoothed L0: its slope 1 / (1 + f_i) spares large coefficients."""
+    return f.log1p().sum(-1)
+
+
+def norm_penalty(f: Tensor, W_dec: Tensor) -> Tensor:
+    """Σ_i f_i ‖d_i‖, the same for f_i / c and c d_i: rows of W_dec need no constraint.
+
+    A Gated SAE needs its decoder frozen both here and in the auxiliary task, or in neither. With
+    live norms and a frozen auxiliary task, shrinking d_i lowers the penalty, exp(r_mag) makes up
+    for it in f̃, and ReLU(π_gate) is left to grow: the norms go to zero, and every gate opens.
+    """
+    return (f * rows(W_dec.norm(dim=-1))).sum(-1)
+
+
+PENALTIES |= {
+    "log": log_penalty,
+    "norm_live": norm_penalty,
+    "norm_frozen": lambda f, W_dec: norm_penalty(f, W_dec.detach()),
+}
+
+
+def two_standard_losses(
+    x: Tensor, f: Tensor, pi_gate: Tensor, W_dec: Tensor, b_dec: Tensor
+) -> tuple[Losses, Losses]:
+    """The usual loss of f̃ with its binary gate penalised, and the usual loss of ReLU(π_gate).
+
+    Together they have the gradient of the three terms with aux "unfrozen", since that of the binary
+    gate is zero. So L_aux is no trick: it is a second SAE on the same weights (discussion).
+    """
+    is_open, f_gate = (pi_gate > 0).to(f.dtype), F.relu(pi_gate)
+    gated = penalised_losses(x, f, is_open, W_dec, b_dec)
+    return gated, penalised_losses(x, f_gate, f_gate, W_dec, b_dec)
+
+
+# Then, other gates and encoders.
+
+
+class SigmoidGatedSAE(GatedSAE):
+    """f̃ = σ(π_gate) ⊙ ReLU(π_mag): a gate with a gradient, which L_incorrect, aux=None, can train."""
+
+    architecture = "gated_sigmoid"
+
+    @staticmethod
+    def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
+        return torch.sigmoid(pi_gate) * F.relu(pi_mag)
+
+    def threshold(self) -> Tensor:
+        raise ValueError("a SigmoidGatedSAE has no threshold, expected a gate that closes")
+
+
+class NaturalGatedSAE(GatedSAE):
+    """b_mag = exp(r_mag) b_gate, hence θ = 0: f̃ = exp(r_mag) ReLU(π_gate) turns on without a jump.
+
+    Also known as y = x̂(t ⊙ f), with f = ReLU(π_gate) and a learned t = exp(r_mag) (discussion).
+    """
+
+    architecture = "gated_natural"
+    latent_vectors = {"b_gate": 0.0}
+
+    @property
+    def b_mag(self) -> Tensor:
+        return self.r_mag.exp() * self.b_gate
+
+
+class SoftCutoffSAE(StandardSAE):
+    """f = soft_cutoff(π, t, s) in place of ReLU(π), with t learned for each latent and s fixed."""
+
+    architecture = "soft_cutoff"
+    latent_vectors = {"b_enc": 0.0, "t": 0.0}
+
+    def __init__(self, d_in: int, d_sae: int, *, s: float = 0.1, **options):
+        if not 0 < s < math.inf:
+            raise ValueError(f"s is {s}, expected a positive number")
+        super().__init__(d_in, d_sae, **options)
+        self.s = s
+
+    @property
+    def config(self) -> dict:
+        return super().config | dict(s=self.s)
+
+    def activation(self, pi: Tensor) -> Tensor:
+        return soft_cutoff(pi, rows(self.t), self.s)
+
+
+def soft_cutoff(y: Tensor, t: Tensor, s: float) -> Tensor:
+    """(y + √(y² + s²)) (1 + (y + t) / √((y + t)² + s²)) / 4, for s → 0: y 1[y > max(0, -t)].
+
+    Smooth, so that t has a gradient; but then nothing is ever exactly zero, and L0 is d_sae.
+    """
+    z = y + t
+    return (y + (y.square() + s * s).sqrt()) * (1 + z / (z.square() + s * s).sqrt()) / 4
+
+
+class Step(torch.autograd.Function):
+    """1[π > θ] with a pseudo-gradient for θ alone, -1[|π - θ| < ε/2] / ε (arXiv 2407.14435).
+
+    The true gradient is zero but for a spike at θ; a window of width ε catches those π near it.
+    """
+
+    @staticmethod
+    def forward(ctx, pi: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pi, theta)
+        ctx.bandwidth = bandwidth
+        return (pi > theta).to(pi.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        pi, theta = ctx.saved_tensors
+        near = (pi - theta).abs() < ctx.bandwidth / 2
+        return None, -(grad * near).sum(-2, keepdim=True) / ctx.bandwidth, None
+
+
+class JumpReLUSAE(SAE):
+    """f = jump_relu(π, θ), where the field went next (arXiv 2407.14435): θ is trained on L0 itself.
+
+    loss = E‖x - x̂(f)‖² + λ E‖f‖₀, with the straight-through gradients of `Step` for θ. `bandwidth`
+    is ε; it wants to be small beside π, and large enough that a batch has some π within it of θ.
+    """
+
+    architecture = "jumprelu"
+    latent_vectors = {"b_enc": 0.0, "threshold": 0.1}
+
+    def __init__(self, d_in: int, d_sae: int, *, bandwidth: float = 0.1, **options):
+        if not 0 < bandwidth < math.inf:
+            raise ValueError(f"bandwidth is {bandwidth}, expected a positive number")
+        super().__init__(d_in, d_sae, **options)
+        self.bandwidth = bandwidth
+
+    @property
+    def config(self) -> dict:
+        return super().config | dict(bandwidth=self.bandwidth)
+
+    def encode(self, x: Tensor) -> Tensor:
+        self.check(x)
+        return jump_relu(self.project(x) + rows(self.b_enc), self.threshold)
+
+    def loss_terms(self, x: Tensor) -> tuple[Losses, Tensor]:
+        pi, theta = self.project(x) + rows(self.b_enc), rows(self.threshold).clamp_min(0)
+        is_on = Step.apply(pi, theta, self.bandwidth)
+        # The second term is zero. Its gradient is that of a step of height θ: θ ∂1[π > θ]/∂θ.
+        f = pi * is_on.detach() + theta.detach() * (is_on - is_on.detach())
+        return penalised_losses(x, f, is_on, self.W_dec, self.b_dec), f
+
+
+def _converted(kind: type[SAE], sae: SAE, options: dict, **values: Tensor) -> SAE:
+    at = dict(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+    new = kind(sae.d_in, sae.d_sae, stack=sae.stack, normalize=sae.normalize, **options, **at)
+    values = dict(W_enc=sae.W_enc, W_dec=sae.W_dec, b_dec=sae.b_dec) | values
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(new, name).copy_(value)
+    return new
+
+
+def to_jumprelu(sae: SAE) -> JumpReLUSAE:
+    """The JumpReLU SAE with the same outputs (section 6); of a soft cutoff, its limit for s → 0.
+
+    An untied or a sigmoid gate has none: ValueError.
+    """
+    if isinstance(sae, GatedSAE):
+        values = dict(threshold=sae.threshold().clamp_min(0), b_enc=sae.b_mag)
+        values["W_enc"] = sae.W_enc * rows(sae.r_mag.exp())
+    else:
+        cut = -sae.t if isinstance(sae, SoftCutoffSAE) else torch.zeros_like(sae.b_enc)
+        values = dict(threshold=cut.clamp_min(0), b_enc=sae.b_enc)
+    return _converted(JumpReLUSAE, sae, {}, **values)
+
+
+def to_gated(sae: JumpReLUSAE) -> GatedSAE:
+    """The Gated SAE with its outputs: r_mag = 0, b_mag = b_enc, b_gate = b_enc - max(θ, 0)."""
+    b_gate = sae.b_enc - sae.threshold.clamp_min(0)
+    return _converted(GatedSAE, sae, {}, b_gate=b_gate, b_mag=sae.b_enc)
+
+
+def rescale_and_shift(sae: StandardSAE, refit_decoder: bool = False) -> GatedSAE:
+    """A trained Standard SAE whose coefficients can be corrected: train the result with l1=0.
+
+    It keeps which latents fire, and learns f̃ = 1[f > 0] ⊙ ReLU(exp(r_mag) ⊙ z + b_mag), a scale and
+    a shift per latent, without penalty (discussion); with `refit_decoder`, W_dec too.
+    """
+    new = _converted(GatedSAE, sae, dict(aux=None), b_gate=sae.b_enc, b_mag=sae.b_enc)
+    for parameter in (new.W_enc, new.b_gate, new.b_dec):
+        parameter.requires_grad_(False)
+    new.W_dec.requires_grad_(refit_decoder)
+    return new
 
 
 # -- 8 · Metrics -----------------------------------------------------------------------------------
@@ -577,6 +810,44 @@ def _bad_rows(x: Tensor) -> str:
 # gradient of the sum of their losses is each one's own, and Adam works element by element.
 
 
+@torch.no_grad()
+def resample(
+    sae: SAE,
+    dead: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Restart latents at inputs x (batch, d_in) that are reconstructed badly, as Anthropic does.
+
+    A dead latent gets no gradient and stays dead. Each of `dead` (*stack, d_sae), bool, draws a row
+    with probability ∝ its squared error squared; d_i becomes its direction from b_dec, the encoder
+    the same at 0.2 of the others' mean norm. All else of the latent restarts, in the optimiser too
+    (transformer-circuits.pub/2023/monosemantic-features, "neuron resampling").
+    """
+    weight = (x - sae(x)).square().sum(-1).square() + torch.finfo(x.dtype).tiny  # (*stack, batch)
+    drawn = torch.multinomial(
+        weight.reshape(-1, weight.shape[-1]), sae.d_sae, replacement=True, generator=generator
+    ).view(*sae.stack, sae.d_sae, 1)
+    picked = (x - rows(sae.b_dec)).expand(*sae.stack, *x.shape[-2:]).take_along_dim(drawn, -2)
+    d = F.normalize(picked, dim=-1)
+    alive, norm = ~dead, sae.W_enc.norm(dim=-2)
+    size = 0.2 * (norm * alive).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp_min(1)
+    size = torch.where(size > 0, size, 0.2)
+    start = dict(W_dec=d, W_enc=(size.unsqueeze(-1) * d).mT, W_mag=(size.unsqueeze(-1) * d).mT)
+    for name, parameter in sae.named_parameters():
+        if name == "b_dec":
+            continue
+        mask = {"W_dec": dead.unsqueeze(-1), "W_enc": rows(dead), "W_mag": rows(dead)}.get(
+            name, dead
+        )
+        initial = start.get(name, torch.tensor(sae.latent_vectors.get(name, 0.0)).to(parameter))
+        parameter.copy_(torch.where(mask, initial, parameter))
+        for moment in optimizer.state[parameter].values() if optimizer else ():
+            if moment.shape == parameter.shape:
+                moment.masked_fill_(mask, 0)
+
+
 def best_device() -> torch.device:
     """CUDA if there is one, else MPS, else the CPU."""
     if torch.cuda.is_available():
@@ -605,6 +876,7 @@ def train(
     lr_warmup: float = 0.1,
     l1_warmup: float = 0.1,
     lr_decay: float = 0.2,
+    resample_every: int | None = None,
     log_every: int = 100,
     device: torch.device | str | None = None,
 ) -> Iterator[Record]:
@@ -618,6 +890,8 @@ def train(
                learned in 4000 steps at lr 1e-2 what 3e-4 had not reached; betas made no difference
     lr_warmup, l1_warmup, lr_decay
                shares of the steps in which lr and λ rise linearly, and in which lr falls at the end
+    resample_every
+               after every so many steps but the last, `resample` what has not fired in them
     device     None: `best_device()`; the SAE is moved there, and each batch
 
     A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. NaN or infinity in a batch
@@ -625,6 +899,8 @@ def train(
     step. A half-precision SAE is a TypeError: its rounding swallows the steps.
     """
     _positive_int("steps", steps), _positive_int("log_every", log_every)
+    if resample_every is not None:
+        _positive_int("resample_every", resample_every)
     if not 0 < lr < math.inf:
         raise ValueError(f"lr is {lr}, expected a positive number")
     if not all(0 <= share <= 1 for share in (lr_warmup, l1_warmup, lr_decay)):
@@ -639,12 +915,14 @@ def train(
             f"l1 is {l1.tolist()}, expected finite and ≥ 0, of shape () or {sae.stack}"
         )
 
-    if (sae.W_dec.norm(dim=-1) - 1).abs().max() > 1e-3:
+    if sae.unit_norm and (sae.W_dec.norm(dim=-1) - 1).abs().max() > 1e-3:
         sae.fold_decoder_norms()
 
     @torch.enable_grad()  # also where the caller has switched gradients off
     def run() -> Iterator[Record]:  # apart, so that the checks above do not wait for an iteration
         optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, fused=True)
+        generator = torch.Generator(sae.W_dec.device).manual_seed(0)
+        silent = torch.ones(*sae.stack, sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
         step = 0
         for step, x in enumerate(islice(_stream(sae, batches), steps), start=1):
             rise, fall = (
@@ -652,18 +930,24 @@ def train(
                 (steps + 1 - step) / max(1, lr_decay * steps),
             )
             lr_now, l1_now = lr * min(1, rise, fall), l1 * min(1, step / max(1, l1_warmup * steps))
-            losses = sae.losses(x)
+            losses, f = sae.losses_and_latents(x)
             total = losses.total(l1_now)
             if not total.isfinite().all():
                 cause = f"the loss is {total.tolist()}" if x.isfinite().all() else _bad_rows(x)
                 raise ValueError(f"step {step}: {cause}; the SAE is as it was before this step")
             optimizer.zero_grad()
             total.sum().backward()
-            if sae.W_dec.requires_grad:
-                sae.remove_radial_gradient()
             optimizer.param_groups[0]["lr"] = lr_now
+            if sae.unit_norm:
+                sae.remove_radial_gradient()
             optimizer.step()
-            sae.normalize_decoder()
+            if sae.unit_norm:
+                sae.normalize_decoder()
+            if resample_every:
+                silent &= ~(f > 0).any(-2)
+                if step % resample_every == 0 and step < steps:
+                    resample(sae, silent, x, generator, optimizer)
+                    silent.fill_(True)
             if step in (1, steps) or step % log_every == 0:
                 terms = Losses(*(term.detach() for term in losses))
                 yield Record(step, lr_now, l1_now, terms, evaluate(sae, [x]))
@@ -677,7 +961,9 @@ def train(
 # The layout is SAELens's, a folder with two files, so that weights travel both ways.
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
-ARCHITECTURES = {"standard": StandardSAE, "gated": GatedSAE, "gated_untied": GatedSAE}
+VARIANTS = StandardSAE, SigmoidGatedSAE, NaturalGatedSAE, SoftCutoffSAE, JumpReLUSAE
+ARCHITECTURES = {kind.architecture: kind for kind in VARIANTS}
+ARCHITECTURES |= {"gated": GatedSAE, "gated_untied": GatedSAE}
 # What SAELens may do and this file does not: another value is refused.
 PREPROCESSING = dict(
     apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none"

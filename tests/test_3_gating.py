@@ -153,8 +153,8 @@ def test_two_usual_losses_have_the_gradient_of_three_terms_unfrozen(size, seed, 
     pi_gate, pi_mag = sae.paths(x)
     decoder = sae.W_dec, sae.b_dec
     f, is_open, f_gate = gated_sae.gate(pi_gate, pi_mag), (pi_gate > 0).double(), F.relu(pi_gate)
-    gated = gated_sae.l1_losses(x, f, is_open, *decoder).total(l1)
-    usual = gated_sae.l1_losses(x, f_gate, f_gate, *decoder).total(l1)
+    gated = gated_sae.penalised_losses(x, f, is_open, *decoder).total(l1)
+    usual = gated_sae.penalised_losses(x, f_gate, f_gate, *decoder).total(l1)
     three_terms = sae.losses(x).total(l1)
     assert_equal(gradients(sae, gated + usual), gradients(sae, three_terms))
     assert (gated + usual - three_terms - l1 * is_open.sum(-1).mean()).abs() < 1e-9
