@@ -29,8 +29,8 @@ module, which run as one.
     1[·], ⊙                                    1 where true and 0 elsewhere; elementwise product
 
 Map.  2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient vanishes · 5 the
-auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training · 12 files.  No idea uses
-a later one: stop after any section and own what came before. (10 and 11 are reserved.)
+auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training · 10 downstream · 12
+files.  No idea uses a later one: stop after any section and own what came before. (11 is reserved.)
 
 Departures from the paper: W_enc starts as a copy of W_dec transposed, and λ warms up (both became
 practice later); dead latents are resampled on request only; the untied variant has no r_mag, since
@@ -133,6 +133,8 @@ class SAE(nn.Module, ABC):
 
     architecture: str
     latent_vectors: dict[str, float]  # parameters of shape (..., d_sae), and where they start
+    constants: dict[str, float] = {}  # a variant's own positive numbers, and their defaults
+    scales = True  # whether c x, with biases c b, has latents c f
 
     def __init__(
         self,
@@ -145,6 +147,7 @@ class SAE(nn.Module, ABC):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **constants: float,
     ):
         super().__init__()
         stack = (stack,) if hasattr(stack, "__index__") else stack
@@ -153,6 +156,12 @@ class SAE(nn.Module, ABC):
         if penalty not in PENALTIES:
             raise ValueError(f"penalty is {penalty!r}, expected one of {list(PENALTIES)}")
         self.normalize, self.penalty = _flag("normalize", normalize), penalty
+        for name, value in (self.constants | constants).items():
+            if name not in self.constants:
+                raise TypeError(f"{name} is no option of {type(self).__name__}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}, expected a positive number")
+            setattr(self, name, float(value))
         W_dec = torch.empty(*self.stack, self.d_sae, self.d_in, device=device, dtype=dtype)
         if not W_dec.is_floating_point():
             raise TypeError(f"dtype is {dtype}, expected a floating-point dtype")
@@ -172,7 +181,7 @@ class SAE(nn.Module, ABC):
     @property
     def config(self) -> dict:
         """The constructor's arguments: `type(sae)(**sae.config)` is an untrained sae like this."""
-        names = "d_in", "d_sae", "stack", "normalize", "penalty"
+        names = "d_in", "d_sae", "stack", "normalize", "penalty", *self.constants
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
@@ -240,6 +249,11 @@ class SAE(nn.Module, ABC):
         """d_i ← d_i / n_i and f_i ← n_i f_i, for n_i = ‖d_i‖: x̂ and the squared errors stay."""
         n = self.W_dec.norm(dim=-1)
         n = torch.where(n > 0, n, 1)
+        if not self.scales and ((n - 1).abs() > 1e-3).any():
+            span = n.min().item(), n.max().item()
+            raise ValueError(
+                f"rows of W_dec have norms {span}, expected 1: f does not scale with x"
+            )
         self.W_dec /= n.unsqueeze(-1)
         for name, parameter in self.named_parameters():
             if name in ("W_enc", "W_mag"):
@@ -480,9 +494,10 @@ def two_standard_losses(
 
 
 class SigmoidGatedSAE(GatedSAE):
-    """f̃ = σ(π_gate) ⊙ ReLU(π_mag): a gate with a gradient, which L_incorrect, aux=None, can train."""
+    """f̃ = σ(π_gate) ⊙ ReLU(π_mag): this gate has a gradient, which L_incorrect (aux=None) needs."""
 
     architecture = "gated_sigmoid"
+    scales = False
 
     @staticmethod
     def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
@@ -501,6 +516,11 @@ class NaturalGatedSAE(GatedSAE):
     architecture = "gated_natural"
     latent_vectors = {"b_gate": 0.0}
 
+    def __init__(self, d_in: int, d_sae: int, tied: bool = True, **options):
+        if not tied:
+            raise ValueError(f"tied is {tied}, expected True: b_mag is made of r_mag")
+        super().__init__(d_in, d_sae, tied, **options)
+
     @property
     def b_mag(self) -> Tensor:
         return self.r_mag.exp() * self.b_gate
@@ -511,16 +531,8 @@ class SoftCutoffSAE(StandardSAE):
 
     architecture = "soft_cutoff"
     latent_vectors = {"b_enc": 0.0, "t": 0.0}
-
-    def __init__(self, d_in: int, d_sae: int, *, s: float = 0.1, **options):
-        if not 0 < s < math.inf:
-            raise ValueError(f"s is {s}, expected a positive number")
-        super().__init__(d_in, d_sae, **options)
-        self.s = s
-
-    @property
-    def config(self) -> dict:
-        return super().config | dict(s=self.s)
+    constants = {"s": 0.1}
+    scales = False
 
     def activation(self, pi: Tensor) -> Tensor:
         return soft_cutoff(pi, rows(self.t), self.s)
@@ -563,16 +575,12 @@ class JumpReLUSAE(SAE):
 
     architecture = "jumprelu"
     latent_vectors = {"b_enc": 0.0, "threshold": 0.1}
+    constants = {"bandwidth": 0.1}
 
-    def __init__(self, d_in: int, d_sae: int, *, bandwidth: float = 0.1, **options):
-        if not 0 < bandwidth < math.inf:
-            raise ValueError(f"bandwidth is {bandwidth}, expected a positive number")
+    def __init__(self, d_in: int, d_sae: int, *, penalty: str = "l1", **options):
+        if penalty != "l1":
+            raise ValueError(f"penalty is {penalty!r}, expected none: a JumpReLUSAE pays for L0")
         super().__init__(d_in, d_sae, **options)
-        self.bandwidth = bandwidth
-
-    @property
-    def config(self) -> dict:
-        return super().config | dict(bandwidth=self.bandwidth)
 
     def encode(self, x: Tensor) -> Tensor:
         self.check(x)
@@ -601,7 +609,9 @@ def to_jumprelu(sae: SAE) -> JumpReLUSAE:
 
     An untied or a sigmoid gate has none: ValueError.
     """
-    if isinstance(sae, GatedSAE):
+    if isinstance(sae, JumpReLUSAE):
+        values = dict(threshold=sae.threshold, b_enc=sae.b_enc)
+    elif isinstance(sae, GatedSAE):
         values = dict(threshold=sae.threshold().clamp_min(0), b_enc=sae.b_mag)
         values["W_enc"] = sae.W_enc * rows(sae.r_mag.exp())
     else:
@@ -622,6 +632,8 @@ def rescale_and_shift(sae: StandardSAE, refit_decoder: bool = False) -> GatedSAE
     It keeps which latents fire, and learns f̃ = 1[f > 0] ⊙ ReLU(exp(r_mag) ⊙ z + b_mag), a scale and
     a shift per latent, without penalty (discussion); with `refit_decoder`, W_dec too.
     """
+    if type(sae) is not StandardSAE:
+        raise TypeError(f"sae is a {type(sae).__name__}, expected a StandardSAE")
     new = _converted(GatedSAE, sae, dict(aux=None), b_gate=sae.b_enc, b_mag=sae.b_enc)
     for parameter in (new.W_enc, new.b_gate, new.b_dec):
         parameter.requires_grad_(False)
@@ -825,10 +837,17 @@ def resample(
     the same at 0.2 of the others' mean norm. All else of the latent restarts, in the optimiser too
     (transformer-circuits.pub/2023/monosemantic-features, "neuron resampling").
     """
-    weight = (x - sae(x)).square().sum(-1).square() + torch.finfo(x.dtype).tiny  # (*stack, batch)
-    drawn = torch.multinomial(
-        weight.reshape(-1, weight.shape[-1]), sae.d_sae, replacement=True, generator=generator
-    ).view(*sae.stack, sae.d_sae, 1)
+    error = (x - sae(x)).square().sum(-1)  # (*stack, batch)
+    tiny = torch.finfo(error.dtype).tiny
+    weight = (error / error.amax(-1, keepdim=True).clamp_min(tiny)).square() + tiny
+    rows_drawn = torch.multinomial(
+        weight.flatten(0, -2) if sae.stack else weight,
+        sae.d_sae,
+        replacement=x.shape[-2] < sae.d_sae,  # or two would start, and stay, the same
+        generator=generator,
+    ).view(*sae.stack, sae.d_sae)
+    nth = (dead.cumsum(-1) - 1).clamp_min(0)  # the nth dead latent gets the nth row drawn
+    drawn = rows_drawn.gather(-1, nth).unsqueeze(-1)
     picked = (x - rows(sae.b_dec)).expand(*sae.stack, *x.shape[-2:]).take_along_dim(drawn, -2)
     d = F.normalize(picked, dim=-1)
     alive, norm = ~dead, sae.W_enc.norm(dim=-2)
@@ -836,12 +855,12 @@ def resample(
     size = torch.where(size > 0, size, 0.2)
     start = dict(W_dec=d, W_enc=(size.unsqueeze(-1) * d).mT, W_mag=(size.unsqueeze(-1) * d).mT)
     for name, parameter in sae.named_parameters():
-        if name == "b_dec":
+        if name == "b_dec" or not parameter.requires_grad:
             continue
         mask = {"W_dec": dead.unsqueeze(-1), "W_enc": rows(dead), "W_mag": rows(dead)}.get(
             name, dead
         )
-        initial = start.get(name, torch.tensor(sae.latent_vectors.get(name, 0.0)).to(parameter))
+        initial = start.get(name, parameter.new_tensor(sae.latent_vectors.get(name, 0.0)))
         parameter.copy_(torch.where(mask, initial, parameter))
         for moment in optimizer.state[parameter].values() if optimizer else ():
             if moment.shape == parameter.shape:
@@ -955,6 +974,85 @@ def train(
             raise ValueError(f"batches ended after {step} of {steps} steps; the SAE keeps these")
 
     return run()
+
+
+# -- 10 · Downstream -------------------------------------------------------------------------------
+# What does splicing x̂ in for x cost the language model, and which latents matter to its output?
+# Gradients answer the second cheaply but cannot see a jump. For θ ≥ 0, JumpReLU_θ(z) = z 1[z > θ]
+# and ReLU(z - θ) have one gradient, 1[z > θ], and so every attribution made of gradients is equal
+# for both. Yet patching a latent from 0 to z > θ adds z in the one and z - θ in the other.
+# Integrated gradients say z - θ for both: complete for the ReLU, short by the jump θ for the other.
+
+
+def loss_recovered(ce_sae: Tensor, ce_clean: Tensor, ce_ablated: Tensor) -> Tensor:
+    """(CE_ablated - CE_sae) / (CE_ablated - CE_clean), of floats or tensors: 1 is as good as x.
+
+    "Ablated" has 0, or the mean of x, for x. The score is affine and falling in CE_sae, so the
+    choice never changes which of two SAEs is better. It does change the number: zeros mostly break
+    the model more than the mean does, and so weak a baseline inflates the score. ValueError unless
+    ablating hurts: at CE_clean there is no scale, and below it the worse SAE would score higher.
+    """
+    gap = ce_ablated - ce_clean
+    if not torch.as_tensor((gap > 0) & (gap < math.inf)).all():
+        raise ValueError(f"ce_ablated - ce_clean is {gap}, expected positive and finite")
+    return (ce_ablated - ce_sae) / gap
+
+
+def compute_multiple(
+    compute: Sequence[float], loss: Sequence[float], ce_sae: Tensor, ce_clean: Tensor
+) -> Tensor:
+    """C(CE_sae) / C(CE_clean), where log L = a - b log C(L): share of the compute to train a model
+    as good as the spliced one. 1 without a hit. Of floats or tensors, float64.
+
+    a, b: least squares over smaller models, (n,) twice. No floor: if the loss has one, the share is
+    too large. ValueError unless all is positive, two computes are distinct, and the curve falls.
+    """
+    args = dict(compute=compute, loss=loss, ce_sae=ce_sae, ce_clean=ce_clean)
+    C, L, sae, clean = (torch.as_tensor(v, dtype=torch.float64) for v in args.values())
+    if not all(((v > 0) & v.isfinite()).all() for v in (C, L, sae, clean)):
+        raise ValueError(f"got {args}, expected positive and finite numbers")
+    if C.ndim != 1 or C.shape != L.shape or len(C.log().unique()) < 2:
+        raise ValueError(f"got {args}, expected (n,) twice, with two or more distinct computes")
+    dc, dl = (v.log() - v.log().mean() for v in (C, L))
+    b = -(dc @ dl) / (dc @ dc)
+    if b < 1e-12:  # flat, to rounding
+        raise ValueError(f"loss falls as compute^-b with b = {b:.3g}, expected b > 0")
+    return (clean / sae) ** (1 / b)  # C(L) = (eᵃ / L)^(1/b), and a cancels
+
+
+def _gradient(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    with torch.enable_grad():
+        value = fn(z := z.detach().requires_grad_())
+        if value.shape != z.shape[:-1]:
+            raise ValueError(f"fn gave {tuple(value.shape)}, expected {tuple(z.shape[:-1])}")
+        # The empty sum ties a bare step, which has no graph, to z: gradient 0 and no error.
+        return torch.autograd.grad(value.sum() + z[..., :0].sum(), z)[0]
+
+
+@torch.no_grad()
+def integrated_gradients(fn: Callable, z: Tensor, baseline: Tensor, steps: int) -> Tensor:
+    """(z - z₀) ⊙ ∫₀¹ ∇fn(z₀ + t (z - z₀)) dt by the midpoint rule, (..., d), for z₀ = baseline.
+
+    fn maps (..., d) to (...), each row for itself, in these three. Complete where fn is continuous:
+    sums over d to fn(z) - fn(z₀) as steps grow; a ReLU's kink may cost |z - z₀| / (2 steps).
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}, expected a positive integer")
+    path = (baseline + (k + 0.5) / steps * (z - baseline) for k in range(steps))
+    return (z - baseline) * sum(_gradient(fn, point) for point in path) / steps
+
+
+@torch.no_grad()
+def attribution_patching(fn: Callable, z: Tensor, z_patch: Tensor) -> Tensor:
+    """∇fn(z) ⊙ (z_patch - z), (..., d): every patch's effect to first order, in one backward."""
+    return _gradient(fn, z) * (z_patch - z)
+
+
+@torch.no_grad()
+def activation_patching(fn: Callable, z: Tensor, z_patch: Tensor) -> Tensor:
+    """fn(z with z_patch in coordinate i) - fn(z) for each i, (..., d): the effect; d + 1 calls."""
+    here = torch.eye(z.shape[-1], dtype=torch.bool, device=z.device)
+    return torch.stack([fn(torch.where(i, z_patch, z)) - fn(z) for i in here], -1)
 
 
 # -- 12 · Files ------------------------------------------------------------------------------------

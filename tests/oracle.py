@@ -1,4 +1,4 @@
-"""The three-term loss in NumPy, forward and backward by hand: no autograd, no shared code.
+"""The losses in NumPy, forward and backward by hand: no autograd, no shared code.
 
 Weights a, l1, c of the terms make every term's gradient testable by itself:
 
@@ -56,3 +56,27 @@ def standard(x, p, a=1.0, l1=1.0):
     g = {"b_enc": d_pi.sum(0), "W_enc": xc.T @ d_pi, "W_dec": f.T @ d_x_hat}
     g["b_dec"] = d_x_hat.sum(0) - (d_pi @ p["W_enc"].T).sum(0)
     return ((error**2).sum() / n, f.sum() / n, 0.0), g
+
+
+def jumprelu(x, p, eps, a=1.0, l0=1.0):
+    """Losses and pseudo-gradients of a JumpReLU SAE, eqs. 11 and 12 of arXiv 2407.14435, for θ > 0.
+
+    K is the rectangle, 1[|u| < 1/2]:
+
+        ∂ π 1[π > θ] / ∂θ  =  -θ/ε K((π - θ)/ε)        ∂ π 1[π > θ] / ∂π  =  1[π > θ]
+        ∂   1[π > θ] / ∂θ  =  -1/ε K((π - θ)/ε)        ∂   1[π > θ] / ∂π  =  0
+    """
+    n, theta = len(x), p["threshold"]
+    xc = x - p["b_dec"]
+    pi = xc @ p["W_enc"] + p["b_enc"]
+    is_on = np.where(pi > theta, 1.0, 0.0)
+    f = pi * is_on
+    error = f @ p["W_dec"] + p["b_dec"] - x
+    d_x_hat = 2 * a * error / n
+    d_f = d_x_hat @ p["W_dec"].T
+    d_pi = d_f * is_on
+    kernel = np.where(np.abs(pi - theta) / eps < 0.5, 1.0, 0.0)
+    g = {"b_enc": d_pi.sum(0), "W_enc": xc.T @ d_pi, "W_dec": f.T @ d_x_hat}
+    g["threshold"] = (-(theta / eps) * kernel * d_f - kernel / eps * l0 / n).sum(0)
+    g["b_dec"] = d_x_hat.sum(0) - (d_pi @ p["W_enc"].T).sum(0)
+    return ((error**2).sum() / n, is_on.sum() / n, 0.0), g

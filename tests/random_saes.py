@@ -1,21 +1,40 @@
 """What the property tests draw: SAEs with every parameter random, and batches to feed them."""
 
+from functools import partial
+
 import torch
 from hypothesis import strategies as st
 
-from gated_sae import GatedSAE, StandardSAE
+from gated_sae import (
+    GatedSAE,
+    JumpReLUSAE,
+    NaturalGatedSAE,
+    SigmoidGatedSAE,
+    SoftCutoffSAE,
+    StandardSAE,
+)
 
 # Every variant and objective, as constructors of (d_in, d_sae, **options).
 VARIANTS = {
     "standard": StandardSAE,
+    "standard log": partial(StandardSAE, penalty="log"),
+    "standard norm": partial(StandardSAE, penalty="norm_live"),
     "gated": GatedSAE,
-    "gated unfrozen": lambda *size, **options: GatedSAE(*size, aux="unfrozen", **options),
-    "gated without aux": lambda *size, **options: GatedSAE(*size, aux=None, **options),
-    "gated untied": lambda *size, **options: GatedSAE(*size, tied=False, **options),
+    "gated unfrozen": partial(GatedSAE, aux="unfrozen"),
+    "gated without aux": partial(GatedSAE, aux=None),
+    "gated untied": partial(GatedSAE, tied=False),
+    "gated norm": partial(GatedSAE, aux="unfrozen", penalty="norm_live"),
+    "gated norm frozen": partial(GatedSAE, penalty="norm_frozen"),
+    "gated sigmoid": partial(SigmoidGatedSAE, aux=None),
+    "gated natural": NaturalGatedSAE,
+    "soft cutoff": SoftCutoffSAE,
+    "jumprelu": partial(JumpReLUSAE, bandwidth=1.0),  # wide: or no random π is near its θ
 }
+SCALING = [name for name, make in VARIANTS.items() if make(1, 1).scales]
 
 seeds = st.integers(0, 2**32 - 1)
 variants = st.sampled_from(list(VARIANTS))
+scaling_variants = st.sampled_from(SCALING)
 sizes = st.tuples(st.integers(1, 6), st.integers(1, 9))  # d_in, d_sae
 
 
@@ -27,7 +46,8 @@ def random_sae(variant, size, seed, **options):
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    sae.normalize_decoder()
+    if sae.unit_norm:
+        sae.normalize_decoder()
     return sae
 
 

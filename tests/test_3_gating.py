@@ -163,3 +163,16 @@ def test_two_usual_losses_have_the_gradient_of_three_terms_unfrozen(size, seed, 
 def test_aux_is_one_of_three():
     with pytest.raises(ValueError, match="aux is 'thawed', expected 'frozen', 'unfrozen' or None"):
         GatedSAE(4, 8, aux="thawed")
+
+
+def test_a_gate_at_zero_is_shut():
+    assert gated_sae.gate(torch.zeros(1, 1), torch.ones(1, 1)).item() == 0
+
+
+def test_the_decoder_is_frozen_unless_told_otherwise():
+    sae = random_sae("gated", (4, 8), 0)
+    x = random_batch(6, 4, seed=0)
+    pi_gate, pi_mag = sae.paths(x)
+    f = gated_sae.gate(pi_gate, pi_mag)
+    losses = gated_sae.gated_losses(x, f, pi_gate, sae.W_dec, sae.b_dec)
+    assert (gradients(sae, losses.aux)["W_dec"] == 0).all()

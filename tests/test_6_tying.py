@@ -83,3 +83,15 @@ def test_untied_starts_as_tied():
     assert_equal(tied.encode(x), untied.encode(x))
     assert not hasattr(untied, "r_mag")
     assert not hasattr(tied, "W_mag")
+
+
+def test_thresholds_of_a_stack_are_its_members():
+    sae = random_sae("gated", (4, 8), 0, stack=(3,))
+    x = random_batch(20, 4, seed=0)
+    pi_gate, pi_mag = sae.paths(x)
+    clear = pi_gate.abs() > 1e-9
+    assert_equal(sae.encode(x)[clear], jump_relu(pi_mag, sae.threshold())[clear], rtol=0, atol=0)
+
+
+def test_at_the_threshold_nothing_fires():
+    assert jump_relu(torch.tensor([[0.5]]), torch.tensor([0.5])).item() == 0

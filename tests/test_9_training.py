@@ -1,5 +1,6 @@
 """Section 9: the training loop, and what it shows of shrinkage and of dying gates."""
 
+import inspect
 import itertools
 import math
 import warnings
@@ -8,9 +9,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_saes import VARIANTS, assert_equal, random_sae, seeds, variants
+from random_saes import (
+    SCALING,
+    VARIANTS,
+    assert_equal,
+    random_batch,
+    random_sae,
+    seeds,
+    sizes,
+    variants,
+)
+from torch.nn import functional as F
 
-from gated_sae import GatedSAE, StandardSAE, evaluate, train
+import gated_sae
+from gated_sae import GatedSAE, StandardSAE, best_device, evaluate, resample, train
 from toy_data import SuperpositionData
 
 DATA = SuperpositionData(8, 16, firing=0.1, seed=3)
@@ -96,11 +108,13 @@ def test_the_loop_is_project_step_renormalise(variant):
         optimizer.zero_grad()
         expected.losses(x).total(l1 * min(1, step / warm)).backward()
         W = expected.W_dec
-        W.grad = W.grad - (W.grad * W.data).sum(1, keepdim=True) * W.data
+        if expected.unit_norm:
+            W.grad = W.grad - (W.grad * W.data).sum(1, keepdim=True) * W.data
         optimizer.step()
-        W.data = W.data / W.data.norm(dim=1, keepdim=True)
+        if expected.unit_norm:
+            W.data = W.data / W.data.norm(dim=1, keepdim=True)
     assert_equal(dict(sae.state_dict()), dict(expected.state_dict()))
-    assert_equal(sae.W_dec.norm(dim=-1), torch.ones(16).double())
+    assert_equal(((sae.W_dec.norm(dim=-1) - 1).abs() < 1e-9).all().item(), expected.unit_norm)
 
 
 @settings(max_examples=5)
@@ -137,6 +151,224 @@ def test_the_same_seeds_give_the_same_bits_whatever_the_global_seed(variant):
 def test_other_seeds_give_other_results():
     (a, _), (b, _) = trained(GatedSAE(8, 16), seed=0), trained(GatedSAE(8, 16), seed=1)
     assert not torch.equal(a.W_dec, b.W_dec)
+
+
+# -- A8: resampling --------------------------------------------------------------------------------
+
+LATENT_AXIS = {"W_enc": -1, "W_mag": -1, "W_dec": -2}  # of the others, which have b_dec aside: -1
+
+
+def of_latent(name, tensor):
+    """With the latents as the last dimension."""
+    return tensor.movedim(LATENT_AXIS.get(name, -1), -1)
+
+
+def some_dead(sae, seed):
+    """A random mask, an optimiser with moments from a step on random data, and that data."""
+    x = random_batch(7, sae.d_in, seed=seed)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2, betas=(0.5, 0.9))
+    sae.losses(x).total(0.5).sum().backward()
+    optimizer.step()
+    generator = torch.Generator().manual_seed(seed)
+    dead = torch.rand(*sae.stack, sae.d_sae, generator=generator) < 0.5
+    return dead, x, optimizer
+
+
+@given(variants, sizes, seeds, st.sampled_from([(), (2, 3)]))
+def test_only_the_dead_are_resampled_and_all_of_them(variant, size, seed, stack):
+    """The living and b_dec keep their bits, in the optimiser too; the dead start over in both."""
+    sae = random_sae(variant, size, seed, stack=stack)
+    dead, x, optimizer = some_dead(sae, seed)
+    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    moments = ("exp_avg", "exp_avg_sq")
+    kept = {n: [optimizer.state[p][m].clone() for m in moments] for n, p in sae.named_parameters()}
+    resample(sae, dead, x, torch.Generator().manual_seed(seed), optimizer)
+    for name, value in sae.named_parameters():
+        held = [optimizer.state[value][moment] for moment in moments]
+        assert optimizer.state[value]["step"] == 1
+        if name == "b_dec":
+            assert_equal([value, *held], [before[name], *kept[name]], rtol=0, atol=0)
+            continue
+        mask = dead.unsqueeze(-2) if name in LATENT_AXIS else dead
+        for now, was in zip([value, *held], [before[name], *kept[name]], strict=True):
+            alive = ~mask.expand_as(of_latent(name, now))
+            assert torch.equal(of_latent(name, now)[alive], of_latent(name, was)[alive])
+        for moment in held:
+            assert (of_latent(name, moment)[~alive] == 0).all()
+        if name not in LATENT_AXIS:
+            start = torch.tensor(sae.latent_vectors.get(name, 0.0))  # that of r_mag is 0
+            assert (value[dead].float() == start).all()
+
+
+@given(variants, sizes, seeds, st.booleans())
+def test_the_dead_restart_at_the_worst_row_seen_from_b_dec(variant, size, seed, shared):
+    """One in each member, at its own row, so much the worst that no other is drawn."""
+    sae = random_sae(variant, size, seed, stack=(2, 3))
+    generator = torch.Generator().manual_seed(seed)
+    dead = torch.randint(size[1], (2, 3), generator=generator)
+    mask = F.one_hot(dead, size[1]).bool()
+    x = random_batch(*(() if shared else (2, 3)), 7, size[0], seed=seed)
+    x[..., 3, :] *= 1e6
+    if not shared:
+        x[1] = x[1].roll(1, dims=-2)  # row 4 in these members
+    norms = sae.W_enc.detach().norm(dim=-2).masked_fill(mask, torch.nan)
+    norms = 0.2 * norms.nanmean(-1).nan_to_num(1)  # 0.2 where it was the only latent
+    resample(sae, mask, x, generator)
+    for i in itertools.product(range(2), range(3)):
+        worst = x[3] if shared else x[i][3 + i[0]]
+        d = F.normalize(worst - sae.b_dec[i].detach(), dim=0)
+        assert_equal(sae.W_dec[i][dead[i]], d)
+        assert_equal(sae.W_enc[i][:, dead[i]], norms[i] * d)
+        if hasattr(sae, "W_mag"):
+            assert_equal(sae.W_mag[i][:, dead[i]], norms[i] * d)
+
+
+@given(variants, sizes, seeds)
+def test_a_stack_is_resampled_as_its_members_are(variant, size, seed):
+    """On one row, where there is nothing to draw."""
+    stack = random_sae(variant, size, seed, stack=(2,))
+    dead, x, _ = some_dead(stack, seed)
+    singles = [random_sae(variant, size, seed) for _ in range(2)]
+    for i, single in enumerate(singles):
+        single.load_state_dict({name: value[i] for name, value in stack.state_dict().items()})
+    resample(stack, dead, x[:1], torch.Generator())
+    for i, single in enumerate(singles):
+        resample(single, dead[i], x[:1], torch.Generator())
+        own = {name: value[i] for name, value in stack.state_dict().items()}
+        assert_equal(own, dict(single.state_dict()))
+
+
+def test_rows_are_drawn_by_their_squared_error_squared():
+    """x̂ = 0, so rows of norms 1 and 2 are drawn 1 : 16, seen to four standard deviations."""
+    n = 20_000
+    sae = StandardSAE(2, n, stack=2)
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e3)
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    resample(sae, torch.ones(2, n, dtype=torch.bool), x, torch.Generator().manual_seed(0))
+    share = (sae.W_dec[..., 0] == 1).double().mean(-1)
+    assert_equal(share, torch.full((2,), 1 / 17).double(), rtol=0, atol=0.0067)
+    assert not torch.equal(sae.W_dec[0], sae.W_dec[1])  # each member draws for itself
+
+
+@given(variants, sizes, seeds)
+def test_resampling_draws_from_its_generator_alone(variant, size, seed):
+    def resampled(global_seed):
+        torch.manual_seed(global_seed)
+        sae = random_sae(variant, size, seed)
+        dead, x, optimizer = some_dead(sae, seed)
+        before = torch.get_rng_state()
+        resample(sae, dead, x, torch.Generator().manual_seed(seed), optimizer)
+        assert torch.equal(before, torch.get_rng_state())
+        return dict(sae.state_dict())
+
+    assert_equal(resampled(0), resampled(1), rtol=0, atol=0)
+
+
+def half_killed(make):
+    sae = make(8, 16)
+    with torch.no_grad():
+        bias = sae.b_enc if hasattr(sae, "b_enc") else sae.b_gate
+        bias[8:] = -1e3
+    return sae
+
+
+@pytest.mark.parametrize("variant", ["standard", "gated", "gated untied", "gated natural"])
+def test_resampling_revives_the_dead(variant):
+    """A8, 600 steps from half the latents dead: all live, and at most 0.35 of the FVU."""
+    options = dict(steps=600, log_every=600)
+    held_out = list(itertools.islice(DATA.batches(1000, seed=99), 10))
+    left, revived = (
+        evaluate(
+            trained(half_killed(VARIANTS[variant]), resample_every=every, **options)[0], held_out
+        )
+        for every in (None, 100)
+    )
+    assert left.dead_fraction == 0.5
+    assert revived.dead_fraction == 0
+    assert revived.fvu < left.fvu / 2
+
+
+def test_who_was_silent_in_every_step_since_the_last_time_is_resampled(monkeypatch):
+    """In steps of no size, against a count by hand; never after the last step; f of each step."""
+    sae = GatedSAE(8, 16, stack=2)
+    with torch.no_grad():
+        sae.b_gate.copy_(torch.linspace(-2, 0, 32).view(2, 16))
+    batches = list(itertools.islice(DATA.batches(4, seed=0), 9))
+    fires = torch.stack([(sae.encode(x) > 0).any(-2) for x in batches])  # (step, *stack, d_sae)
+    calls = []
+    monkeypatch.setattr(gated_sae, "resample", lambda _, dead, *rest: calls.append(dead.clone()))
+    options = dict(l1=0.0, steps=9, lr=1e-12, device="cpu")
+    list(train(sae, batches, resample_every=3, **options))
+    assert_equal(torch.stack(calls), ~torch.stack([fires[:3].any(0), fires[3:6].any(0)]))
+    assert all(dead.any() and not dead.all() for dead in calls)
+    assert not torch.equal(*calls)
+    calls.clear()
+    list(train(sae, batches, **options))
+    assert not calls
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_the_same_dead_are_revived_the_same_way(stack):
+    """With one seed of its own, whatever the global one; and the decoder's rows keep norm 1."""
+
+    def run(global_seed):
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        sae = GatedSAE(8, 16, stack=stack)
+        with torch.no_grad():
+            sae.b_gate[..., 8:] = -1e3
+        trained(sae, steps=30, resample_every=10)
+        assert torch.equal(before, torch.get_rng_state())
+        assert (sae.b_gate > -1e2).all()
+        assert_equal(sae.W_dec.norm(dim=-1), torch.ones(*stack, 16))
+        return dict(sae.state_dict())
+
+    assert_equal(run(0), run(1), rtol=0, atol=0)
+
+
+def test_a_float64_latent_restarts_where_it_started():
+    sae = random_sae("jumprelu", (4, 6), 0)
+    dead, x, _ = some_dead(sae, 0)
+    resample(sae, dead, x, torch.Generator())
+    assert (sae.threshold[dead] == 0.1).all()
+
+
+@pytest.mark.parametrize(("batch", "d_sae"), [(50, 6), (8, 8), (10, 40)])
+def test_no_two_restart_at_one_row_while_there_are_others(batch, d_sae):
+    """They would stay the same for ever. Six, or eight, of the latents are dead."""
+    sae = random_sae("standard", (4, d_sae), 0, stack=2)
+    dead = torch.zeros(2, d_sae, dtype=torch.bool)
+    dead[..., -8:] = True
+    resample(sae, dead, random_batch(batch, 4, seed=0), torch.Generator().manual_seed(0))
+    for W_dec in sae.W_dec:
+        assert len(W_dec.unique(dim=0)) == d_sae
+
+
+def test_more_dead_than_rows_share_them():
+    sae = random_sae("standard", (4, 8), 0)
+    x = random_batch(3, 4, seed=0)
+    resample(sae, torch.ones(8, dtype=torch.bool), x, torch.Generator().manual_seed(0))
+    at = F.normalize(x - sae.b_dec.detach(), dim=-1)
+    assert ((sae.W_dec.unsqueeze(1) - at).norm(dim=-1).min(1).values < 1e-9).all()
+
+
+def test_resampling_leaves_frozen_parameters():
+    sae = random_sae("gated", (4, 6), 0)
+    before = sae.W_enc.requires_grad_(False).clone()
+    resample(sae, torch.ones(6, dtype=torch.bool), random_batch(9, 4, seed=0), torch.Generator())
+    assert_equal(sae.W_enc.detach(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_resampling_does_not_see_the_scale_of_x(scale):
+    """x̂ = 0, and of two rows one is ten times as long: 1 : 10⁴."""
+    sae = StandardSAE(2, 6)
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e30)
+    x = scale * torch.tensor([[1.0, 0.0], [0.0, 10.0]])
+    resample(sae, torch.ones(6, dtype=torch.bool), x, torch.Generator().manual_seed(0))
+    assert (sae.W_dec[:, 1] == 1).all()
 
 
 # -- Records ---------------------------------------------------------------------------------------
@@ -195,16 +427,32 @@ def test_training_takes_exactly_its_steps_from_the_batches():
     assert torch.equal(next(batches), eighth)
 
 
-def test_a_decoder_from_elsewhere_is_folded_and_the_function_kept():
-    """Rows of norms 0.2 to 5: one step of no size changes nothing but their norms."""
-    sae = random_sae("gated", (8, 16), 0)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in SCALING])
+def test_a_decoder_from_elsewhere_is_refused_or_the_function_kept(variant):
+    sae = random_sae(variant, (8, 16), 0)
     with torch.no_grad():
-        sae.W_dec *= torch.linspace(0.2, 5, 16)[:, None]
+        sae.W_dec *= 2
+    x = next(DATA.batches(64, seed=0)).double()
+    before = sae(x)
+    try:
+        list(train(sae, [x], l1=0.1, steps=1, lr=1e-12, device="cpu"))
+    except ValueError:
+        return
+    assert_equal(sae(x), before)
+
+
+@pytest.mark.parametrize("variant", SCALING)
+def test_a_decoder_from_elsewhere_is_folded_and_the_function_kept(variant):
+    """Rows of norms 0.2 to 5: one step of no size changes nothing but their norms, if those."""
+    sae = random_sae(variant, (8, 16), 0)
+    norms = torch.linspace(0.2, 5, 16).double()
+    with torch.no_grad():
+        sae.W_dec *= (norms / sae.W_dec.norm(dim=-1))[:, None]
     x = next(DATA.batches(64, seed=0)).double()
     before = sae(x)
     list(train(sae, [x], l1=0.1, steps=1, lr=1e-12, device="cpu"))
     assert_equal(sae(x), before)
-    assert_equal(sae.W_dec.norm(dim=-1), torch.ones(16).double())
+    assert_equal(sae.W_dec.norm(dim=-1), torch.ones(16).double() if sae.unit_norm else norms)
 
 
 def test_the_model_that_makes_the_batches_is_not_trained():
@@ -272,6 +520,10 @@ def test_batches_that_end_early_are_counted_and_the_training_kept():
         ({"steps": -3}, "steps is -3"),
         ({"steps": 1.5}, "steps is 1.5"),
         ({"log_every": 0}, "log_every is 0"),
+        ({"resample_every": 0}, "resample_every is 0"),
+        ({"resample_every": -1}, "resample_every is -1"),
+        ({"resample_every": 1.5}, "resample_every is 1.5"),
+        ({"resample_every": True}, "resample_every is True"),
         ({"l1": -0.1}, "l1 is -0.1"),
         ({"l1": math.nan}, "l1 is nan"),
         ({"l1": math.inf}, "l1 is inf"),
@@ -317,3 +569,57 @@ def test_training_on_the_gpu_is_training_on_the_cpu(variant):
         list(train(sae, batches, l1=0.1, steps=10, lr=1e-2, device=device))
         results.append({name: value.cpu() for name, value in sae.state_dict().items()})
     assert_equal(*results)
+
+
+def test_defaults_are_those_the_docstring_cites():
+    defaults = {k: p.default for k, p in inspect.signature(train).parameters.items()}
+    assert (defaults["lr"], defaults["betas"]) == (3e-4, (0.0, 0.999))
+
+
+def test_the_best_device_is_cuda_then_mps_then_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert best_device().type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert best_device().type == "mps"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert best_device().type == "cpu"
+
+
+def test_the_device_asked_for_is_the_device_used(monkeypatch):
+    monkeypatch.setattr("gated_sae.best_device", lambda: torch.device("meta"))
+    sae, _ = trained(GatedSAE(8, 16), device="cpu")
+    assert sae.W_dec.device.type == "cpu"
+
+
+def test_without_penalty_or_ramps_training_still_runs():
+    ramps = dict(lr_warmup=0.0, l1_warmup=0.0, lr_decay=0.0)
+    _, records = trained(GatedSAE(8, 16), l1=0.0, steps=3, log_every=1, **ramps)
+    assert [record.lr for record in records] == [1e-2] * 3
+
+
+def test_the_ramps_are_apart_and_the_lowest_counts():
+    ramps = dict(lr_warmup=1.0, l1_warmup=0.5, lr_decay=1.0)
+    _, records = trained(GatedSAE(8, 16), steps=4, log_every=1, lr=1.0e-2, l1=1.0, **ramps)
+    assert [record.lr for record in records] == pytest.approx([0.0025, 0.005, 0.005, 0.0025])
+    assert [record.l1.item() for record in records] == pytest.approx([0.5, 1, 1, 1])
+
+
+@pytest.mark.parametrize("name", ["lr_warmup", "l1_warmup", "lr_decay"])
+def test_each_share_is_checked(name):
+    with pytest.raises(ValueError, match="expected shares"):
+        train(GatedSAE(8, 16), [], l1=0.1, steps=5, **{name: -0.1})
+
+
+def test_an_infinite_rate_is_refused():
+    with pytest.raises(ValueError, match="lr is inf"):
+        train(GatedSAE(8, 16), [], l1=0.1, steps=5, lr=math.inf)
+
+
+def test_one_bad_member_stops_the_stack():
+    batches = torch.stack([next(DATA.batches(32, seed=s)) for s in (0, 1)])
+    batches[1, 3, 0] = math.nan
+    with pytest.raises(
+        ValueError, match="step 1: NaN or infinity in 1 of 64 rows, first in row 35"
+    ):
+        list(train(GatedSAE(8, 16, stack=2), [batches], l1=0.1, steps=1, device="cpu"))

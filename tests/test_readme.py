@@ -41,10 +41,19 @@ def test_the_two_commands_stand_alone_on_their_lines():
         assert f"\n    pip install -r requirements.txt && {command}\n" in README
 
 
-def test_the_table_is_the_committed_one():
-    table = json.loads((ROOT / "results" / "pareto.json").read_text())["table"]
-    shown = re.search(r"<!-- comparison -->\n\n(.*?)\n\n<!-- /comparison -->", README, re.S)[1]
-    assert shown == explainer.as_markdown(explainer.comparison(table))
+@pytest.mark.parametrize("name", ["comparison", "claims", "recovered"])
+def test_the_tables_are_the_committed_ones(name):
+    results = {
+        file: json.loads((ROOT / "results" / f"{file}.json").read_text())
+        for file in ("pareto", "claims", "runs")
+    }
+    expected = {
+        "comparison": lambda: explainer.comparison(results["pareto"]["table"]),
+        "claims": lambda: explainer.condensed(results["claims"]),
+        "recovered": lambda: explainer.recovered(results["runs"]),
+    }[name]()
+    shown = re.search(rf"<!-- {name} -->\n\n(.*?)\n\n<!-- /{name} -->", README, re.S)[1]
+    assert shown == explainer.as_markdown(expected)
 
 
 def test_links_and_pictures_exist():
