@@ -840,12 +840,13 @@ def resample(
     error = (x - sae(x)).square().sum(-1)  # (*stack, batch)
     tiny = torch.finfo(error.dtype).tiny
     weight = (error / error.amax(-1, keepdim=True).clamp_min(tiny)).square() + tiny
+    most = max(1, int(dead.sum(-1).max()))
     rows_drawn = torch.multinomial(
-        weight.flatten(0, -2) if sae.stack else weight,
-        sae.d_sae,
-        replacement=x.shape[-2] < sae.d_sae,  # or two would start, and stay, the same
+        weight.view(-1, x.shape[-2]),
+        most,
+        replacement=most > x.shape[-2],  # else none twice: they would stay the same for ever
         generator=generator,
-    ).view(*sae.stack, sae.d_sae)
+    ).view(*sae.stack, most)
     nth = (dead.cumsum(-1) - 1).clamp_min(0)  # the nth dead latent gets the nth row drawn
     drawn = rows_drawn.gather(-1, nth).unsqueeze(-1)
     picked = (x - rows(sae.b_dec)).expand(*sae.stack, *x.shape[-2:]).take_along_dim(drawn, -2)
@@ -977,20 +978,19 @@ def train(
 
 
 # -- 10 · Downstream -------------------------------------------------------------------------------
-# What does splicing x̂ in for x cost the language model, and which latents matter to its output?
-# Gradients answer the second cheaply but cannot see a jump. For θ ≥ 0, JumpReLU_θ(z) = z 1[z > θ]
-# and ReLU(z - θ) have one gradient, 1[z > θ], and so every attribution made of gradients is equal
-# for both. Yet patching a latent from 0 to z > θ adds z in the one and z - θ in the other.
-# Integrated gradients say z - θ for both: complete for the ReLU, short by the jump θ for the other.
+# What does splicing x̂ in for x cost, and which latents matter to the output? Gradients answer the
+# second cheaply, but cannot see a jump. For θ ≥ 0, JumpReLU_θ(z) = z 1[z > θ] and ReLU(z - θ) have
+# one gradient, 1[z > θ], and so every attribution made of gradients is equal for both. Yet patching
+# z from 0 gives z in the one and z - θ in the other, for z > θ. Integrated gradients say z - θ for
+# both: complete for the ReLU, and short by exactly the jump θ for the other.
 
 
 def loss_recovered(ce_sae: Tensor, ce_clean: Tensor, ce_ablated: Tensor) -> Tensor:
     """(CE_ablated - CE_sae) / (CE_ablated - CE_clean), of floats or tensors: 1 is as good as x.
 
-    "Ablated" has 0, or the mean of x, for x. The score is affine and falling in CE_sae, so the
-    choice never changes which of two SAEs is better. It does change the number: zeros mostly break
-    the model more than the mean does, and so weak a baseline inflates the score. ValueError unless
-    ablating hurts: at CE_clean there is no scale, and below it the worse SAE would score higher.
+    "Ablated" has 0, or the mean of x, for x. That choice never changes which of two SAEs is better:
+    the score is affine and falling in CE_sae. But zeros mostly break the model more than the mean:
+    a weak baseline, which inflates it. ValueError unless ablating hurts: the order would turn.
     """
     gap = ce_ablated - ce_clean
     if not torch.as_tensor((gap > 0) & (gap < math.inf)).all():
@@ -998,21 +998,18 @@ def loss_recovered(ce_sae: Tensor, ce_clean: Tensor, ce_ablated: Tensor) -> Tens
     return (ce_ablated - ce_sae) / gap
 
 
-def compute_multiple(
-    compute: Sequence[float], loss: Sequence[float], ce_sae: Tensor, ce_clean: Tensor
-) -> Tensor:
-    """C(CE_sae) / C(CE_clean), where log L = a - b log C(L): share of the compute to train a model
-    as good as the spliced one. 1 without a hit. Of floats or tensors, float64.
+def compute_multiple(compute: Tensor, loss: Tensor, ce_sae: Tensor, ce_clean: Tensor) -> Tensor:
+    """C(CE_sae) / C(CE_clean), where log L = a - b log C(L): the share of the compute that trains a
+    model as good as the spliced one, 1 without a hit. Of floats or tensors; float64.
 
-    a, b: least squares over smaller models, (n,) twice. No floor: if the loss has one, the share is
-    too large. ValueError unless all is positive, two computes are distinct, and the curve falls.
+    a, b: least squares over smaller models, (n,) twice; a floor of the loss makes the share too
+    large. ValueError unless all is positive, two computes differ, and the curve falls.
     """
     args = dict(compute=compute, loss=loss, ce_sae=ce_sae, ce_clean=ce_clean)
     C, L, sae, clean = (torch.as_tensor(v, dtype=torch.float64) for v in args.values())
-    if not all(((v > 0) & v.isfinite()).all() for v in (C, L, sae, clean)):
-        raise ValueError(f"got {args}, expected positive and finite numbers")
-    if C.ndim != 1 or C.shape != L.shape or len(C.log().unique()) < 2:
-        raise ValueError(f"got {args}, expected (n,) twice, with two or more distinct computes")
+    table = C.ndim == 1 and C.shape == L.shape and len(C.log().unique()) > 1
+    if not (table and all(((v > 0) & v.isfinite()).all() for v in (C, L, sae, clean))):
+        raise ValueError(f"got {args}, expected n > 1 distinct computes, n losses, all positive")
     dc, dl = (v.log() - v.log().mean() for v in (C, L))
     b = -(dc @ dl) / (dc @ dc)
     if b < 1e-12:  # flat, to rounding
@@ -1020,39 +1017,40 @@ def compute_multiple(
     return (clean / sae) ** (1 / b)  # C(L) = (eᵃ / L)^(1/b), and a cancels
 
 
+def _values(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    if (value := fn(z)).shape != z.shape[:-1]:
+        raise ValueError(f"fn gave {tuple(value.shape)}, expected {tuple(z.shape[:-1])}")
+    return value
+
+
+@torch.enable_grad()
 def _gradient(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    with torch.enable_grad():
-        value = fn(z := z.detach().requires_grad_())
-        if value.shape != z.shape[:-1]:
-            raise ValueError(f"fn gave {tuple(value.shape)}, expected {tuple(z.shape[:-1])}")
-        # The empty sum ties a bare step, which has no graph, to z: gradient 0 and no error.
-        return torch.autograd.grad(value.sum() + z[..., :0].sum(), z)[0]
+    z = z.detach().requires_grad_()
+    # The empty sum ties a bare step, which has no graph, to z: gradient 0 and no error.
+    return torch.autograd.grad(_values(fn, z).sum() + z[..., :0].sum(), z)[0]
 
 
-@torch.no_grad()
 def integrated_gradients(fn: Callable, z: Tensor, baseline: Tensor, steps: int) -> Tensor:
     """(z - z₀) ⊙ ∫₀¹ ∇fn(z₀ + t (z - z₀)) dt by the midpoint rule, (..., d), for z₀ = baseline.
 
-    fn maps (..., d) to (...), each row for itself, in these three. Complete where fn is continuous:
-    sums over d to fn(z) - fn(z₀) as steps grow; a ReLU's kink may cost |z - z₀| / (2 steps).
+    fn: (..., d) -> (...), row by row. Complete where fn is continuous: the sum over d tends to
+    fn(z) - fn(z₀) with more steps. A ReLU's kink may cost its coordinate |z - z₀| / (2 steps).
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}, expected a positive integer")
+    _positive_int("steps", steps)
     path = (baseline + (k + 0.5) / steps * (z - baseline) for k in range(steps))
-    return (z - baseline) * sum(_gradient(fn, point) for point in path) / steps
+    return (z - baseline).detach() * sum(_gradient(fn, point) for point in path) / steps
 
 
-@torch.no_grad()
 def attribution_patching(fn: Callable, z: Tensor, z_patch: Tensor) -> Tensor:
     """∇fn(z) ⊙ (z_patch - z), (..., d): every patch's effect to first order, in one backward."""
-    return _gradient(fn, z) * (z_patch - z)
+    return _gradient(fn, z) * (z_patch - z).detach()
 
 
 @torch.no_grad()
 def activation_patching(fn: Callable, z: Tensor, z_patch: Tensor) -> Tensor:
     """fn(z with z_patch in coordinate i) - fn(z) for each i, (..., d): the effect; d + 1 calls."""
-    here = torch.eye(z.shape[-1], dtype=torch.bool, device=z.device)
-    return torch.stack([fn(torch.where(i, z_patch, z)) - fn(z) for i in here], -1)
+    at = torch.eye(z.shape[-1], dtype=torch.bool, device=z.device)
+    return torch.stack([fn(torch.where(i, z_patch, z)) for i in at], -1) - _values(fn, z)[..., None]
 
 
 # -- 12 · Files ------------------------------------------------------------------------------------
