@@ -388,7 +388,7 @@ def exact_numbers(seeds=5, steps=1500):
         losses = g.losses(x)
         note(
             "G1",
-            "largest |gradient| of reconstruct on b_gate",
+            "largest absolute gradient of reconstruct on b_gate",
             gradient(g, losses.reconstruct, "b_gate").abs().max(),
         )
         untied = GatedSAE(32, 128, tied=False, dtype=torch.float64)
@@ -410,12 +410,12 @@ def exact_numbers(seeds=5, steps=1500):
         )
         note(
             "G3",
-            "largest |gradient| of L_aux on W_dec",
+            "largest absolute gradient of L_aux on W_dec",
             gradient(g, losses.aux, "W_dec").abs().max(),
         )
         note(
             "G3",
-            "largest |gradient| of L_aux on b_dec",
+            "largest absolute gradient of L_aux on b_dec",
             gradient(g, losses.aux, "b_dec").abs().max(),
         )
         loose = GatedSAE(32, 128, aux="unfrozen", dtype=torch.float64)

@@ -546,6 +546,7 @@ def test_there_and_back_again(size, seed, stack):
     at = clear(jump, x)
     gate = to_gated(jump)
     assert_equal(gate.encode(x)[at], jump.encode(x)[at])
+    assert torch.equal((gate.paths(x)[0] > 0)[at], (jump.encode(x) > 0)[at])
     back = to_jumprelu(gate)
     assert_equal(back(x)[at], jump(x)[at])
     assert_equal(back.threshold, jump.threshold.clamp_min(0), rtol=0, atol=1e-12)
@@ -590,6 +591,8 @@ def test_before_training_a_rescaled_sae_is_the_standard_one(size, seed, stack, r
     assert_equal(rescaled.encode(x), sae.encode(x), rtol=0, atol=0)
     assert_equal(rescaled(x), sae(x), rtol=0, atol=0)
     assert_equal(rescaled.losses(x).reconstruct, sae.losses(x).reconstruct, rtol=0, atol=0)
+    free = {name for name, parameter in rescaled.named_parameters() if parameter.requires_grad}
+    assert free == {"r_mag", "b_mag"} | ({"W_dec"} if refit else set())
 
 
 @pytest.mark.parametrize("refit", [False, True])
