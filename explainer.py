@@ -263,17 +263,17 @@ def measured_runs(name, make, options, span, seeds=5, steps=1500, n_l1=5, world_
 
         sae = FINISH.get(name, lambda sae, refit: sae)(sae, refit)
         found = evaluate(sae, itertools.islice(stream(20_000, 1000), 10))
-    rows = []
-    for seed, j in itertools.product(range(seeds), range(n_l1)):
-        member = type(sae)(**(sae.config | {"stack": ()}))
-        member.load_state_dict({key: value[seed, j] for key, value in sae.state_dict().items()})
-        scores = recovery(member, data[seed], rows=2000)
-        row = {"world": world_name, "variant": name, "seed": seed, "l1": l1s[j]}
-        for key in ("l0", "fvu", "gamma", "norm_ratio", "cosine_squared", "dead_fraction"):
-            row[key] = round(getattr(found, key)[seed, j].item(), 5)
-        row |= {"mcc": round(scores.mcc, 4), "f1": round(scores.f1, 4)}
-        row["norm"] = round(member.W_dec.norm(dim=-1).mean().item(), 4)
-        rows.append(row)
+        rows = []
+        for seed, j in itertools.product(range(seeds), range(n_l1)):
+            member = type(sae)(**(sae.config | {"stack": ()}))
+            member.load_state_dict({key: value[seed, j] for key, value in sae.state_dict().items()})
+            scores = recovery(member, data[seed], rows=2000)
+            row = {"world": world_name, "variant": name, "seed": seed, "l1": l1s[j]}
+            for key in ("l0", "fvu", "gamma", "norm_ratio", "cosine_squared", "dead_fraction"):
+                row[key] = round(getattr(found, key)[seed, j].item(), 5)
+            row |= {"mcc": round(scores.mcc, 4), "f1": round(scores.f1, 4)}
+            row["norm"] = round(member.W_dec.norm(dim=-1).mean().item(), 4)
+            rows.append(row)
     return rows
 
 
