@@ -27,7 +27,7 @@ VARIANTS = {
     "gated norm frozen": partial(GatedSAE, penalty="norm_frozen"),
     "gated sigmoid": partial(SigmoidGatedSAE, aux=None),
     "gated natural": NaturalGatedSAE,
-    "soft cutoff": SoftCutoffSAE,
+    "soft cutoff": partial(SoftCutoffSAE, s=0.2),
     "jumprelu": partial(JumpReLUSAE, bandwidth=1.0),  # wide: or no random π is near its θ
 }
 SCALING = [name for name, make in VARIANTS.items() if make(1, 1).scales]

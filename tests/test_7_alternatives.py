@@ -591,6 +591,7 @@ def test_before_training_a_rescaled_sae_is_the_standard_one(size, seed, stack, r
     assert_equal(rescaled.encode(x), sae.encode(x), rtol=0, atol=0)
     assert_equal(rescaled(x), sae(x), rtol=0, atol=0)
     assert_equal(rescaled.losses(x).reconstruct, sae.losses(x).reconstruct, rtol=0, atol=0)
+    assert (rescaled.losses(x).aux == 0).all()
     free = {name for name, parameter in rescaled.named_parameters() if parameter.requires_grad}
     assert free == {"r_mag", "b_mag"} | ({"W_dec"} if refit else set())
 
@@ -630,6 +631,11 @@ def test_widths_are_positive_and_finite(bad):
         SoftCutoffSAE(4, 8, s=bad)
     with pytest.raises(ValueError, match=f"bandwidth is {bad}, expected a positive number"):
         JumpReLUSAE(4, 8, bandwidth=bad)
+
+
+def test_widths_are_part_of_the_config():
+    assert SoftCutoffSAE(4, 8, s=0.5).config["s"] == 0.5
+    assert JumpReLUSAE(4, 8, bandwidth=0.5).config["bandwidth"] == 0.5
 
 
 def test_a_natural_gate_is_tied():
