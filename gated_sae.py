@@ -28,9 +28,10 @@ module, which run as one.
     E        .mean(-1)                         mean over the batch, of a *sum* over features
     1[·], ⊙                                    1 where true and 0 elsewhere; elementwise product
 
-Map.  2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient vanishes · 5 the
-auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training · 10 downstream · 12
-files.  No idea uses a later one: stop after any section and own what came before. (11 is reserved.)
+Map.  The ideas: 2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient vanishes ·
+5 the auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training. No idea uses a
+later one: stop after any section and own what came before. The engineering: 10 downstream ·
+12 files · 13 upkeep. (11 is reserved.)
 
 Departures from the paper: W_enc starts as a copy of W_dec transposed, and λ warms up (both became
 practice later); dead latents are resampled on request only; the untied variant has no r_mag, since
@@ -44,7 +45,9 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,11 +78,6 @@ def rows(v: Tensor) -> Tensor:
     return v.unsqueeze(-2)
 
 
-def decode(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """x̂(f) = f W_dec + b_dec: (..., batch, d_sae) -> (..., batch, d_in)."""
-    return f @ W_dec + rows(b_dec)
-
-
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
     """E‖x - x̂‖²: (..., batch, d_in) twice -> (...)."""
     return (x - x_hat).square().sum(-1).mean(-1)
@@ -97,43 +95,42 @@ class Losses(NamedTuple):
         return self.reconstruct + l1 * self.sparsity + self.aux
 
 
-def l1_penalty(f: Tensor, W_dec: Tensor) -> Tensor:
-    """‖f‖₁ for f ≥ 0: (..., batch, d_sae) -> (..., batch). Those of section 7 see W_dec as well."""
+def l1_penalty(f: Tensor, W_dec: Tensor, a: float = 1.0) -> Tensor:
+    """‖f‖₁ for f ≥ 0: (..., batch, d_sae) -> (..., batch). Those of section 7 use W_dec and a."""
     return f.sum(-1)
 
 
-PENALTIES = {"l1": l1_penalty}
+PENALTIES = {"l1": l1_penalty}  # by name; section 7 adds its own
 
 
-def penalised_losses(
-    x: Tensor, f: Tensor, penalised: Tensor, W_dec: Tensor, b_dec: Tensor, penalty=l1_penalty
-) -> Losses:
+def penalised_losses(x, f, penalised, W_dec, b_dec, penalty=l1_penalty) -> Losses:
     """E‖x - x̂(f)‖² + λ E‖penalised‖₁, for f, penalised ≥ 0 of shape (..., batch, d_sae).
 
     A standard SAE penalises f itself (section 2.2 of the paper), and that shrinks f.
     """
-    reconstruct = squared_error(x, decode(f, W_dec, b_dec))
+    reconstruct = squared_error(x, f @ W_dec + rows(b_dec))
     return Losses(reconstruct, penalty(penalised, W_dec).mean(-1), torch.zeros_like(reconstruct))
 
 
 class SAE(nn.Module, ABC):
-    """What all variants share: the dictionary, its constraint, decoding, and the checks.
-
-    stack      leading dimensions: `stack=(12,)` is twelve independent SAEs
-    normalize  divide the squared errors in `losses` by E‖x‖² of the batch (authors, in the
-               discussion, to carry hyper-parameters between sites): c x then has the errors of x.
-               Its sparsity is still c times as large, so the same λ weighs c times as much
-    penalty    "l1", or another of section 7
-    generator  draws the initial dictionary. None is seed 0, never the global generator: two SAEs
-               start alike unless given two generators
+    """What all variants share: the dictionary and its start, decoding, and the form of a loss.
 
     x is (batch, d_in), shared by a whole stack, or (*stack, batch, d_in). A single SAE also encodes
     x of more dimensions. Wrong shapes raise ValueError, wrong dtypes TypeError.
+
+    stack      leading dimensions: `stack=(12,)` is twelve independent SAEs
+    generator  draws the initial dictionary. None is seed 0, never the global generator: two SAEs
+               start alike unless given two generators
+    normalize  (option) divide the squared errors by E‖x‖² of the batch (authors, in the discussion,
+               to carry hyper-parameters between sites): c x then has the errors of x. But its
+               sparsity is c times as large, so the same λ weighs c times as much
+    penalty    (option) "l1", or another of section 7
     """
 
     architecture: str
     latent_vectors: dict[str, float]  # parameters of shape (..., d_sae), and where they start
-    constants: dict[str, float] = {}  # a variant's own positive numbers, and their defaults
+    # What else the constructor takes: a positive number, or the values allowed. First the default.
+    options: dict = {"normalize": (False, True), "penalty": PENALTIES, "a": 1.0}
     scales = True  # whether c x, with biases c b, has latents c f
 
     def __init__(
@@ -142,27 +139,15 @@ class SAE(nn.Module, ABC):
         d_sae: int,
         *,
         stack: int | Sequence[int] = (),
-        normalize: bool = False,
-        penalty: str = "l1",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **constants: float,
+        **options,
     ):
         super().__init__()
-        stack = (stack,) if hasattr(stack, "__index__") else stack
-        self.d_in, self.d_sae = _positive_int("d_in", d_in), _positive_int("d_sae", d_sae)
-        self.stack = tuple(_positive_int("a dimension of stack", n) for n in stack)
-        if penalty not in PENALTIES:
-            raise ValueError(f"penalty is {penalty!r}, expected one of {list(PENALTIES)}")
-        self.normalize, self.penalty = _flag("normalize", normalize), penalty
-        for name, value in (self.constants | constants).items():
-            if name not in self.constants:
-                raise TypeError(f"{name} is no option of {type(self).__name__}")
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}, expected a positive number")
-            setattr(self, name, float(value))
-        W_dec = torch.empty(*self.stack, self.d_sae, self.d_in, device=device, dtype=dtype)
+        for name, value in check_config(self, d_in, d_sae, stack, options).items():
+            setattr(self, name, value)
+        W_dec = torch.empty(*self.stack, d_sae, d_in, device=device, dtype=dtype)
         if not W_dec.is_floating_point():
             raise TypeError(f"dtype is {dtype}, expected a floating-point dtype")
         if not W_dec.is_meta:  # on the meta device there are shapes and no numbers: see `load`
@@ -171,18 +156,16 @@ class SAE(nn.Module, ABC):
             W_dec.copy_(F.normalize(torch.randn(W_dec.shape, **at), dim=-1))
         self.W_dec = nn.Parameter(W_dec)
         # The encoder starts out looking along the directions it decodes to (discussion). A copy: a
-        # transposed view would share memory, and the two would stay tied for ever. (By itself,
-        # `clone` would keep the transposed strides.)
+        # transposed view would share memory, and the two would stay tied for ever.
         self.W_enc = nn.Parameter(W_dec.mT.clone(memory_format=torch.contiguous_format))
-        self.b_dec = nn.Parameter(W_dec.new_zeros(*self.stack, self.d_in))
+        self.b_dec = nn.Parameter(W_dec.new_zeros(*self.stack, d_in))
         for name, start in self.latent_vectors.items():
-            setattr(self, name, nn.Parameter(W_dec.new_full((*self.stack, self.d_sae), start)))
+            setattr(self, name, nn.Parameter(W_dec.new_full((*self.stack, d_sae), start)))
 
     @property
     def config(self) -> dict:
         """The constructor's arguments: `type(sae)(**sae.config)` is an untrained sae like this."""
-        names = "d_in", "d_sae", "stack", "normalize", "penalty", *self.constants
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("d_in", "d_sae", "stack", *self.options)}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -192,86 +175,40 @@ class SAE(nn.Module, ABC):
         """f, how strongly each latent fires: (..., batch, d_in) -> (..., batch, d_sae), all ≥ 0."""
 
     @abstractmethod
-    def loss_terms(self, x: Tensor) -> tuple[Losses, Tensor]:
-        """The terms before `normalize`, and f."""
+    def loss_terms(self, x: Tensor) -> Losses:
+        """The terms before `normalize`."""
 
     def project(self, x: Tensor) -> Tensor:
         """(x - b_dec) W_enc, the encoder's one product: (..., d_in) -> (..., d_sae)."""
+        check_rows(self, x)
         return (x - rows(self.b_dec)) @ self.W_enc
 
     def decode(self, f: Tensor) -> Tensor:
         """x̂(f) = f W_dec + b_dec: (..., batch, d_sae) -> (..., batch, d_in)."""
-        return decode(f, self.W_dec, self.b_dec)
+        return f @ self.W_dec + rows(self.b_dec)
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂: (..., batch, d_in) -> the same, with `stack` in front where x was shared."""
         return self.decode(self.encode(x))
 
+    def penalise(self, f: Tensor, W_dec: Tensor) -> Tensor:
+        """The penalty that was asked for: (..., batch, d_sae) -> (..., batch)."""
+        return PENALTIES[self.penalty](f, W_dec, self.a)
+
     def losses(self, x: Tensor) -> Losses:
         """The terms of this variant's loss on (batch, d_in) or (*stack, batch, d_in)."""
-        return self.losses_and_latents(x)[0]
-
-    def losses_and_latents(self, x: Tensor) -> tuple[Losses, Tensor]:
-        """`losses`, and f, which they computed anyway."""
-        self.check(x, rows_only=True)
-        terms, f = self.loss_terms(x)
+        check_rows(self, x, only_batches=True)
+        terms = self.loss_terms(x)
         if self.normalize:
             x_sq = x.square().sum(-1).mean(-1)
             x_sq = torch.where(x_sq > 0, x_sq, 1)  # an all-zero batch has no scale to divide by
             terms = terms._replace(reconstruct=terms.reconstruct / x_sq, aux=terms.aux / x_sq)
-        return terms, f
-
-    def check(self, x: Tensor, rows_only: bool = False) -> None:
-        """Raise TypeError or ValueError unless x is a batch that this SAE can take."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x is {kind}, expected a floating-point tensor")
-        if x.dtype != self.W_enc.dtype:
-            raise TypeError(f"x is {x.dtype}, expected {self.W_enc.dtype} like the SAE")
-        if x.ndim < 2 or x.shape[-1] != self.d_in or x.numel() == 0:
-            raise ValueError(f"x is {tuple(x.shape)}, expected (..., batch ≥ 1, {self.d_in})")
-        if (self.stack or rows_only) and x.shape[:-2] not in ((), self.stack):
-            own = f" or (*{self.stack}, batch, {self.d_in})" if self.stack else ""
-            raise ValueError(f"x is {tuple(x.shape)}, expected (batch, {self.d_in}){own}")
-
-    # Rows of W_dec have norm 1, or the penalty could be dodged: with d_i twice as long, half of f_i
-    # gives the same x̂ at half the price. Each step removes the gradient's radial part, which would
-    # only swell Adam's second moment and so shorten the useful part of the step; then steps; then
-    # renormalises, since Adam rescales each coordinate and its step is not tangential again.
+        return terms
 
     @property
     def unit_norm(self) -> bool:
-        """Whether training keeps the rows at norm 1. A penalty on norms makes that needless."""
+        """Whether training keeps rows of W_dec at norm 1: not under a penalty on their norms."""
         return self.W_dec.requires_grad and not self.penalty.startswith("norm")
-
-    @torch.no_grad()
-    def fold_decoder_norms(self) -> None:
-        """d_i ← d_i / n_i and f_i ← n_i f_i, for n_i = ‖d_i‖: x̂ and the squared errors stay."""
-        n = self.W_dec.norm(dim=-1)
-        n = torch.where(n > 0, n, 1)
-        if not self.scales and ((n - 1).abs() > 1e-3).any():
-            span = n.min().item(), n.max().item()
-            raise ValueError(
-                f"rows of W_dec have norms {span}, expected 1: f does not scale with x"
-            )
-        self.W_dec /= n.unsqueeze(-1)
-        for name, parameter in self.named_parameters():
-            if name in ("W_enc", "W_mag"):
-                parameter *= rows(n)
-            elif name in self.latent_vectors:
-                parameter *= n
-
-    @torch.no_grad()
-    def remove_radial_gradient(self) -> None:
-        """grad d_i ← grad d_i - (grad d_i · d_i) d_i, for the unit rows d_i of W_dec."""
-        grad, d = self.W_dec.grad, self.W_dec
-        grad -= (grad * d).sum(-1, keepdim=True) * d
-
-    @torch.no_grad()
-    def normalize_decoder(self) -> None:
-        """d_i ← d_i / ‖d_i‖. A row of zeros stays zero."""
-        tiny = torch.finfo(self.W_dec.dtype).tiny
-        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp_min(tiny)
 
 
 class StandardSAE(SAE):
@@ -280,28 +217,12 @@ class StandardSAE(SAE):
     architecture = "standard"
     latent_vectors = {"b_enc": 0.0}
 
-    def activation(self, pi: Tensor) -> Tensor:
-        return F.relu(pi)
-
     def encode(self, x: Tensor) -> Tensor:
-        self.check(x)
-        return self.activation(self.project(x) + rows(self.b_enc))
+        return F.relu(self.project(x) + rows(self.b_enc))
 
-    def loss_terms(self, x: Tensor) -> tuple[Losses, Tensor]:
+    def loss_terms(self, x: Tensor) -> Losses:
         f = self.encode(x)
-        return penalised_losses(x, f, f, self.W_dec, self.b_dec, PENALTIES[self.penalty]), f
-
-
-def _positive_int(name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected a positive integer")
-    return operator.index(value)
-
-
-def _flag(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}, expected True or False")
-    return value
+        return penalised_losses(x, f, f, self.W_dec, self.b_dec, self.penalise)
 
 
 # -- 3 · Gating ------------------------------------------------------------------------------------
@@ -332,9 +253,7 @@ def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
 # only dies more slowly.) The loss reads well, falls for a while, and ends near E‖x‖²: all shut.
 
 
-def incorrect_losses(
-    x: Tensor, f: Tensor, pi_gate: Tensor, W_dec: Tensor, b_dec: Tensor, penalty=l1_penalty
-) -> Losses:
+def incorrect_losses(x, f, pi_gate, W_dec, b_dec, penalty=l1_penalty) -> Losses:
     """E‖x - x̂(f̃)‖² + λ E‖ReLU(π_gate)‖₁: L_incorrect of the paper's section 3.2.2. It fails.
 
     What we mean to penalise is the gate itself, 1[π_gate > 0], but a step has no gradient here
@@ -347,27 +266,20 @@ def incorrect_losses(
 # The gate needs a reason to open. So let ReLU(π_gate) reconstruct x as well: that gradient says
 # which latents would help. With its penalty this is section 2 over again, shrinkage and all, but
 # nobody reads those coefficients as magnitudes: they train the gate, which uses their sign.
+#
+# Frozen, or the auxiliary task would turn the d_i and move b_dec to suit ReLU(π_gate), which is
+# shrunken, at the cost of f̃. b_dec is frozen as the decoder's bias only: it is also in π_gate, as
+# x - b_dec, and there it keeps its gradient.
 
 
-def gated_losses(
-    x: Tensor,
-    f: Tensor,
-    pi_gate: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    penalty=l1_penalty,
-    frozen: bool = True,
-) -> Losses:
+def gated_losses(x, f, pi_gate, W_dec, b_dec, penalty=l1_penalty, frozen=True) -> Losses:
     """E‖x - x̂(f̃)‖² + λ E‖ReLU(π_gate)‖₁ + E‖x - x̂_frozen(ReLU(π_gate))‖², section 3.2.2.
 
     `frozen=False` lets the auxiliary task train the decoder as well, the paper's ablation.
     """
-    # Frozen, or the auxiliary task would turn the d_i and move b_dec to suit ReLU(π_gate), which is
-    # shrunken, at the cost of f̃. b_dec is frozen as the decoder's bias only: it is also in π_gate,
-    # as x - b_dec, and there it keeps its gradient.
     W_aux, b_aux = (W_dec.detach(), b_dec.detach()) if frozen else (W_dec, b_dec)
     f_gate = F.relu(pi_gate)
-    aux = squared_error(x, decode(f_gate, W_aux, b_aux))
+    aux = squared_error(x, f_gate @ W_aux + rows(b_aux))
     return penalised_losses(x, f, f_gate, W_dec, b_dec, penalty)._replace(aux=aux)
 
 
@@ -379,28 +291,18 @@ def gated_losses(
 
 
 class GatedSAE(SAE):
-    """The Gated SAE, section 3.2 of the paper.
+    """The Gated SAE, section 3.2 of the paper. Options, beside those of `SAE`:
 
     tied  True: one encoder, and a scale exp(r_mag) per latent (the paper). False: a W_mag as well
     aux   "frozen" (the paper), "unfrozen" (its ablation), None (L_incorrect: the gates die)
-
-    Other options: see `SAE`.
     """
 
     latent_vectors = {"b_gate": 0.0, "b_mag": 0.0}
+    options = SAE.options | {"tied": (True, False), "aux": ("frozen", "unfrozen", None)}
     gate = staticmethod(gate)
 
-    def __init__(
-        self, d_in: int, d_sae: int, tied: bool = True, *, aux: str | None = "frozen", **options
-    ):
-        if aux not in ("frozen", "unfrozen", None):
-            raise ValueError(f"aux is {aux!r}, expected 'frozen', 'unfrozen' or None")
+    def __init__(self, d_in: int, d_sae: int, **options):
         super().__init__(d_in, d_sae, **options)
-        self.tied, self.aux = _flag("tied", tied), aux
-        if (aux, self.penalty) in (("frozen", "norm_live"), ("unfrozen", "norm_frozen")):
-            warnings.warn(
-                f"aux={aux!r} with penalty={self.penalty!r}: see norm_penalty", stacklevel=2
-            )
         if self.tied:
             self.r_mag = nn.Parameter(torch.zeros_like(self.b_gate))
         else:
@@ -410,13 +312,8 @@ class GatedSAE(SAE):
     def architecture(self) -> str:
         return "gated" if self.tied else "gated_untied"
 
-    @property
-    def config(self) -> dict:
-        return super().config | dict(tied=self.tied, aux=self.aux)
-
     def paths(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """π_gate, π_mag: (..., batch, d_in) -> (..., batch, d_sae) twice."""
-        self.check(x)
         z = self.project(x)
         z_mag = rows(self.r_mag.exp()) * z if self.tied else (x - rows(self.b_dec)) @ self.W_mag
         return z + rows(self.b_gate), z_mag + rows(self.b_mag)
@@ -424,14 +321,14 @@ class GatedSAE(SAE):
     def encode(self, x: Tensor) -> Tensor:
         return self.gate(*self.paths(x))
 
-    def loss_terms(self, x: Tensor) -> tuple[Losses, Tensor]:
+    def loss_terms(self, x: Tensor) -> Losses:
         pi_gate, pi_mag = self.paths(x)
-        f = self.gate(pi_gate, pi_mag)
-        args = x, f, pi_gate, self.W_dec, self.b_dec, PENALTIES[self.penalty]
+        args = x, self.gate(pi_gate, pi_mag), pi_gate, self.W_dec, self.b_dec, self.penalise
         if self.aux is None:
-            return incorrect_losses(*args), f
-        return gated_losses(*args, frozen=self.aux == "frozen"), f
+            return incorrect_losses(*args)
+        return gated_losses(*args, frozen=self.aux == "frozen")
 
+    @property
     def threshold(self) -> Tensor:
         """θ = b_mag - exp(r_mag) b_gate, (..., d_sae), with f̃ = jump_relu(π_mag, θ).
 
@@ -455,12 +352,12 @@ def jump_relu(pi: Tensor, theta: Tensor) -> Tensor:
 # What the discussion proposed instead, or beside. First, other penalties.
 
 
-def log_penalty(f: Tensor, W_dec: Tensor) -> Tensor:
-    """Σ_i log(1 + f_i), a smoothed L0: its slope 1 / (1 + f_i) spares large coefficients."""
-    return f.log1p().sum(-1)
+def log_penalty(f: Tensor, W_dec: Tensor, a: float = 1.0) -> Tensor:
+    """Σ_i log(1 + a f_i), a smoothed L0: its slope a / (1 + a f_i) spares large coefficients."""
+    return (a * f).log1p().sum(-1)
 
 
-def norm_penalty(f: Tensor, W_dec: Tensor) -> Tensor:
+def norm_penalty(f: Tensor, W_dec: Tensor, a: float = 1.0) -> Tensor:
     """Σ_i f_i ‖d_i‖, the same for f_i / c and c d_i: rows of W_dec need no constraint.
 
     A Gated SAE needs its decoder frozen both here and in the auxiliary task, or in neither. With
@@ -473,13 +370,11 @@ def norm_penalty(f: Tensor, W_dec: Tensor) -> Tensor:
 PENALTIES |= {
     "log": log_penalty,
     "norm_live": norm_penalty,
-    "norm_frozen": lambda f, W_dec: norm_penalty(f, W_dec.detach()),
+    "norm_frozen": lambda f, W_dec, a=1.0: norm_penalty(f, W_dec.detach()),
 }
 
 
-def two_standard_losses(
-    x: Tensor, f: Tensor, pi_gate: Tensor, W_dec: Tensor, b_dec: Tensor
-) -> tuple[Losses, Losses]:
+def two_standard_losses(x, f, pi_gate, W_dec, b_dec) -> tuple[Losses, Losses]:
     """The usual loss of f̃ with its binary gate penalised, and the usual loss of ReLU(π_gate).
 
     Together they have the gradient of the three terms with aux "unfrozen", since that of the binary
@@ -494,7 +389,10 @@ def two_standard_losses(
 
 
 class SigmoidGatedSAE(GatedSAE):
-    """f̃ = σ(π_gate) ⊙ ReLU(π_mag): this gate has a gradient, which L_incorrect (aux=None) needs."""
+    """f̃ = σ(π_gate) ⊙ ReLU(π_mag): this gate has a gradient, which L_incorrect (aux=None) needs.
+
+    It stays alive, but it is not sparse: half-open gates cost little, and exp(r_mag) undoes them.
+    """
 
     architecture = "gated_sigmoid"
     scales = False
@@ -503,6 +401,7 @@ class SigmoidGatedSAE(GatedSAE):
     def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
         return torch.sigmoid(pi_gate) * F.relu(pi_mag)
 
+    @property
     def threshold(self) -> Tensor:
         raise ValueError("a SigmoidGatedSAE has no threshold, expected a gate that closes")
 
@@ -515,27 +414,11 @@ class NaturalGatedSAE(GatedSAE):
 
     architecture = "gated_natural"
     latent_vectors = {"b_gate": 0.0}
-
-    def __init__(self, d_in: int, d_sae: int, tied: bool = True, **options):
-        if not tied:
-            raise ValueError(f"tied is {tied}, expected True: b_mag is made of r_mag")
-        super().__init__(d_in, d_sae, tied, **options)
+    options = GatedSAE.options | {"tied": (True,)}  # b_mag is made of r_mag
 
     @property
     def b_mag(self) -> Tensor:
         return self.r_mag.exp() * self.b_gate
-
-
-class SoftCutoffSAE(StandardSAE):
-    """f = soft_cutoff(π, t, s) in place of ReLU(π), with t learned for each latent and s fixed."""
-
-    architecture = "soft_cutoff"
-    latent_vectors = {"b_enc": 0.0, "t": 0.0}
-    constants = {"s": 0.1}
-    scales = False
-
-    def activation(self, pi: Tensor) -> Tensor:
-        return soft_cutoff(pi, rows(self.t), self.s)
 
 
 def soft_cutoff(y: Tensor, t: Tensor, s: float) -> Tensor:
@@ -543,65 +426,56 @@ def soft_cutoff(y: Tensor, t: Tensor, s: float) -> Tensor:
 
     Smooth, so that t has a gradient; but then nothing is ever exactly zero, and L0 is d_sae.
     """
-    z = y + t
-    return (y + (y.square() + s * s).sqrt()) * (1 + z / (z.square() + s * s).sqrt()) / 4
+    z, s = y + t, y.new_tensor(s)
+    return (y + torch.hypot(y, s)) * (1 + z / torch.hypot(z, s)) / 4
 
 
-class Step(torch.autograd.Function):
+class SoftCutoffSAE(StandardSAE):
+    """f = soft_cutoff(π, t, s) in place of ReLU(π), with t learned for each latent. Option: s."""
+
+    architecture = "soft_cutoff"
+    latent_vectors = {"b_enc": 0.0, "t": 0.0}
+    options = SAE.options | {"s": 0.1}
+    scales = False
+
+    def encode(self, x: Tensor) -> Tensor:
+        return soft_cutoff(self.project(x) + rows(self.b_enc), rows(self.t), self.s)
+
+    @property
+    def threshold(self) -> Tensor:
+        return -self.t
+
+
+def heaviside(pi: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
     """1[π > θ] with a pseudo-gradient for θ alone, -1[|π - θ| < ε/2] / ε (arXiv 2407.14435).
 
     The true gradient is zero but for a spike at θ; a window of width ε catches those π near it.
     """
-
-    @staticmethod
-    def forward(ctx, pi: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pi, theta)
-        ctx.bandwidth = bandwidth
-        return (pi > theta).to(pi.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        pi, theta = ctx.saved_tensors
-        near = (pi - theta).abs() < ctx.bandwidth / 2
-        return None, -(grad * near).sum(-2, keepdim=True) / ctx.bandwidth, None
+    ramp = ((pi.detach() - theta) / bandwidth + 0.5).clamp(0, 1)
+    return (pi > theta) + (ramp - ramp.detach())
 
 
 class JumpReLUSAE(SAE):
     """f = jump_relu(π, θ), where the field went next (arXiv 2407.14435): θ is trained on L0 itself.
 
-    loss = E‖x - x̂(f)‖² + λ E‖f‖₀, with the straight-through gradients of `Step` for θ. `bandwidth`
-    is ε; it wants to be small beside π, and large enough that a batch has some π within it of θ.
+    loss = E‖x - x̂(f)‖² + λ E‖f‖₀, with the gradients of `heaviside` for θ = threshold.
+    Option: bandwidth, ε: small beside π, and so large that a batch has some π within it of θ.
     """
 
     architecture = "jumprelu"
     latent_vectors = {"b_enc": 0.0, "threshold": 0.1}
-    constants = {"bandwidth": 0.1}
-
-    def __init__(self, d_in: int, d_sae: int, *, penalty: str = "l1", **options):
-        if penalty != "l1":
-            raise ValueError(f"penalty is {penalty!r}, expected none: a JumpReLUSAE pays for L0")
-        super().__init__(d_in, d_sae, **options)
+    options = SAE.options | {"penalty": ("l0",), "bandwidth": 0.1}
 
     def encode(self, x: Tensor) -> Tensor:
-        self.check(x)
         return jump_relu(self.project(x) + rows(self.b_enc), self.threshold)
 
-    def loss_terms(self, x: Tensor) -> tuple[Losses, Tensor]:
-        pi, theta = self.project(x) + rows(self.b_enc), rows(self.threshold).clamp_min(0)
-        is_on = Step.apply(pi, theta, self.bandwidth)
+    def loss_terms(self, x: Tensor) -> Losses:
+        pi, theta = self.project(x) + rows(self.b_enc), rows(self.threshold)
+        # max(θ, 0), but for the gradient, or a θ that fell below 0 could never come back.
+        is_on = heaviside(pi, theta + F.relu(-theta.detach()), self.bandwidth)
         # The second term is zero. Its gradient is that of a step of height θ: θ ∂1[π > θ]/∂θ.
-        f = pi * is_on.detach() + theta.detach() * (is_on - is_on.detach())
-        return penalised_losses(x, f, is_on, self.W_dec, self.b_dec), f
-
-
-def _converted(kind: type[SAE], sae: SAE, options: dict, **values: Tensor) -> SAE:
-    at = dict(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
-    new = kind(sae.d_in, sae.d_sae, stack=sae.stack, normalize=sae.normalize, **options, **at)
-    values = dict(W_enc=sae.W_enc, W_dec=sae.W_dec, b_dec=sae.b_dec) | values
-    with torch.no_grad():
-        for name, value in values.items():
-            getattr(new, name).copy_(value)
-    return new
+        f = pi * is_on.detach() + F.relu(theta.detach()) * (is_on - is_on.detach())
+        return penalised_losses(x, f, is_on, self.W_dec, self.b_dec)
 
 
 def to_jumprelu(sae: SAE) -> JumpReLUSAE:
@@ -609,21 +483,27 @@ def to_jumprelu(sae: SAE) -> JumpReLUSAE:
 
     An untied or a sigmoid gate has none: ValueError.
     """
-    if isinstance(sae, JumpReLUSAE):
-        values = dict(threshold=sae.threshold, b_enc=sae.b_enc)
-    elif isinstance(sae, GatedSAE):
-        values = dict(threshold=sae.threshold().clamp_min(0), b_enc=sae.b_mag)
-        values["W_enc"] = sae.W_enc * rows(sae.r_mag.exp())
+    if isinstance(sae, GatedSAE):
+        theta, b_enc, W_enc = sae.threshold, sae.b_mag, sae.W_enc * rows(sae.r_mag.exp())
     else:
-        cut = -sae.t if isinstance(sae, SoftCutoffSAE) else torch.zeros_like(sae.b_enc)
-        values = dict(threshold=cut.clamp_min(0), b_enc=sae.b_enc)
-    return _converted(JumpReLUSAE, sae, {}, **values)
+        theta = 0 * sae.b_enc if type(sae) is StandardSAE else sae.threshold
+        b_enc, W_enc = sae.b_enc, sae.W_enc
+    return _converted(JumpReLUSAE, sae, dict(threshold=F.relu(theta), b_enc=b_enc, W_enc=W_enc))
 
 
-def to_gated(sae: JumpReLUSAE) -> GatedSAE:
-    """The Gated SAE with its outputs: r_mag = 0, b_mag = b_enc, b_gate = b_enc - max(θ, 0)."""
-    b_gate = sae.b_enc - sae.threshold.clamp_min(0)
-    return _converted(GatedSAE, sae, {}, b_gate=b_gate, b_mag=sae.b_enc)
+def to_gated(sae: SAE, **options) -> GatedSAE:
+    """The Gated SAE with the outputs of `to_jumprelu(sae)`: b_mag = b_enc, b_gate = b_enc - θ."""
+    sae = to_jumprelu(sae)
+    b_gate = sae.b_enc - sae.threshold
+    return _converted(GatedSAE, sae, dict(b_gate=b_gate, b_mag=sae.b_enc), **options)
+
+
+def _converted(kind: type[SAE], sae: SAE, values: dict[str, Tensor], **options) -> SAE:
+    options |= dict(stack=sae.stack, normalize=sae.normalize)
+    new = kind(sae.d_in, sae.d_sae, **options, device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+    values = sae.state_dict() | values
+    new.load_state_dict({name: values.get(name, v) for name, v in new.state_dict().items()})
+    return new
 
 
 def rescale_and_shift(sae: StandardSAE, refit_decoder: bool = False) -> GatedSAE:
@@ -634,7 +514,7 @@ def rescale_and_shift(sae: StandardSAE, refit_decoder: bool = False) -> GatedSAE
     """
     if type(sae) is not StandardSAE:
         raise TypeError(f"sae is a {type(sae).__name__}, expected a StandardSAE")
-    new = _converted(GatedSAE, sae, dict(aux=None), b_gate=sae.b_enc, b_mag=sae.b_enc)
+    new = to_gated(sae, aux=None)
     for parameter in (new.W_enc, new.b_gate, new.b_dec):
         parameter.requires_grad_(False)
     new.W_dec.requires_grad_(refit_decoder)
@@ -646,8 +526,21 @@ def rescale_and_shift(sae: StandardSAE, refit_decoder: bool = False) -> GatedSAE
 # they point the same way.
 
 
-class Moments(NamedTuple):
-    """E‖x‖², E‖x̂‖², E[x̂·x], each of shape `stack`, and the metrics of scale made from them.
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """E‖x‖², E‖x̂‖², E[x̂·x], each of shape `stack`, and the measures of scale made from them.
+
+    gamma            γ = argmin over g of E‖x̂/g - x‖², the relative reconstruction bias, as
+                     corrected in the discussion. Below 1, x̂ is too short: 1/γ times as long is
+                     better. At 1 the error is orthogonal to x̂: no rescaling makes it smaller
+    factor_on_x_hat  argmin over g of E‖g x̂ - x‖² = 1/γ, but *not* 1/factor_on_x
+    factor_on_x      argmin over g of E‖x̂ - g x‖², S. Marks's reading (discussion)
+    cosine_squared   the product of the two: ≤ 1, and 1 only if x and x̂ are collinear. Nearly
+                     perpendicular ones send both factors to 0: they cannot be reciprocals
+    norm_ratio       not the bias: at γ = 1 it is cosine_squared, < 1 unless x̂ is perfect
+    gamma_v1         eq. 10 of the first preprint, right only at γ = 1. Reconstructed from its value
+                     1/√3 at x = 1, x̂ = 1/2, and from the authors' explanation that the unoptimised
+                     loss had slipped into the derivation. A negative denominator counts as 0
 
     All are ratios of means. Means of ratios would let the rows nearest to zero decide. Where a
     denominator is 0 the ratio is NaN, and a RuntimeWarning says so.
@@ -657,62 +550,39 @@ class Moments(NamedTuple):
     x_hat_sq: Tensor
     dot: Tensor
 
+    gamma = property(lambda m: _ratio(m.x_hat_sq, m.dot, "γ = E‖x̂‖² / E[x̂·x]"))
+    factor_on_x_hat = property(
+        lambda m: _ratio(m.dot, m.x_hat_sq, "factor_on_x_hat = E[x̂·x] / E‖x̂‖²")
+    )
+    factor_on_x = property(lambda m: _ratio(m.dot, m.x_sq, "factor_on_x = E[x̂·x] / E‖x‖²"))
+    cosine_squared = property(lambda m: m.factor_on_x_hat * m.factor_on_x)
+    norm_ratio = property(lambda m: _ratio(m.x_hat_sq, m.x_sq, "norm_ratio = E‖x̂‖² / E‖x‖²"))
+
+    @property
+    def gamma_v1(self) -> Tensor:
+        explained = (2 * self.dot - self.x_hat_sq).clamp_min(0)  # E‖x‖² - E‖x - x̂‖²
+        return _ratio(self.x_hat_sq, explained, "gamma_v1² = E‖x̂‖² / (E‖x‖² - E‖x - x̂‖²)").sqrt()
+
     @classmethod
     def from_norms(cls, x_sq: Tensor, x_hat_sq: Tensor, error_sq: Tensor) -> "Moments":
         """From three numbers most runs log: E[x̂·x] = (E‖x̂‖² + E‖x‖² - E‖x - x̂‖²) / 2."""
         x_sq, x_hat_sq, error_sq = map(torch.as_tensor, (x_sq, x_hat_sq, error_sq))
         return cls(x_sq, x_hat_sq, (x_hat_sq + x_sq - error_sq) / 2)
 
-    @property
-    def gamma(self) -> Tensor:
-        """γ = argmin over g of E‖x̂/g - x‖² = E‖x̂‖² / E[x̂·x], the relative reconstruction bias.
 
-        As corrected in the discussion. Below 1, x̂ is too short, and 1/γ times as long would be
-        better. At 1 the error is orthogonal to x̂: no rescaling helps, but it need not be small.
-        """
-        return _ratio(self.x_hat_sq, self.dot, "γ", "E[x̂·x]")
-
-    @property
-    def factor_on_x(self) -> Tensor:
-        """argmin over g of E‖x̂ - g x‖² = E[x̂·x] / E‖x‖²: S. Marks's reading (discussion)."""
-        return _ratio(self.dot, self.x_sq, "factor_on_x", "E‖x‖²")
-
-    @property
-    def factor_on_x_hat(self) -> Tensor:
-        """argmin over g of E‖g x̂ - x‖² = E[x̂·x] / E‖x̂‖² = 1/γ, but *not* 1/factor_on_x."""
-        return _ratio(self.dot, self.x_hat_sq, "factor_on_x_hat", "E‖x̂‖²")
-
-    @property
-    def cosine_squared(self) -> Tensor:
-        """factor_on_x · factor_on_x_hat = E[x̂·x]² / (E‖x‖² E‖x̂‖²) ≤ 1: 1 only if collinear.
-
-        Nearly perpendicular x and x̂ send both factors to 0, so they cannot be reciprocals.
-        """
-        return self.factor_on_x * self.factor_on_x_hat
-
-    @property
-    def norm_ratio(self) -> Tensor:
-        """E‖x̂‖² / E‖x‖². Not the bias: at γ = 1 it is cosine_squared, < 1 unless x̂ is perfect."""
-        return _ratio(self.x_hat_sq, self.x_sq, "norm_ratio", "E‖x‖²")
-
-    @property
-    def gamma_v1(self) -> Tensor:
-        """√(E‖x̂‖² / (E‖x‖² - E‖x - x̂‖²)): eq. 10 of the first preprint, right only at γ = 1.
-
-        Reconstructed, not quoted: from its value 1/√3 at x = 1, x̂ = 1/2, where γ = 1/2, and from
-        the authors' explanation that the unoptimised loss had slipped into the derivation. A
-        negative denominator counts as 0.
-        """
-        explained = (2 * self.dot - self.x_hat_sq).clamp_min(0)
-        return _ratio(self.x_hat_sq, explained, "gamma_v1", "max(0, E‖x‖² - E‖x - x̂‖²)").sqrt()
+def _ratio(a: Tensor, b: Tensor, formula: str) -> Tensor:
+    ratio = torch.where(b == 0, torch.nan, a / b)
+    if not ratio.isfinite().all():
+        message = f"{formula} is undefined where its denominator is 0, NaN or infinite"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return ratio
 
 
 def moments(x: Tensor, x_hat: Tensor) -> Moments:
     """Of (..., batch, d_in) twice; a stack of x_hat may share one x."""
     if x.shape != x_hat.shape[-x.ndim :] or x.numel() == 0:
-        raise ValueError(
-            f"x is {tuple(x.shape)}, x_hat {tuple(x_hat.shape)}, expected one (..., batch, d_in)"
-        )
+        shapes = f"x is {tuple(x.shape)}, x_hat {tuple(x_hat.shape)}"
+        raise ValueError(f"{shapes}, expected one (..., batch, d_in)")
     # Squares of half-precision numbers overflow at 256.
     x, x_hat = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (x, x_hat))
     dot = (x * x_hat).sum(-1).mean(-1)
@@ -728,28 +598,24 @@ def relative_reconstruction_bias(x: Tensor, x_hat: Tensor) -> Tensor:
     return m.gamma
 
 
-def _ratio(a: Tensor, b: Tensor, name: str, denominator: str) -> Tensor:
-    ratio = torch.where(b == 0, torch.nan, a / b)
-    if not ratio.isfinite().all():
-        message = f"{name} is undefined where {denominator} is 0, NaN or infinite"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-    return ratio
+@dataclass(frozen=True, eq=False)
+class Metrics(Moments):
+    """What `evaluate` finds: all of `Moments`, and these, of shape `stack` unless said otherwise.
 
-
-class Metrics(NamedTuple):
-    """What `evaluate` finds; each of shape `stack` unless said otherwise."""
+    fvu            fraction of variance unexplained
+    l0             mean number of latents that fire on a row
+    dead_fraction  share of latents that never fired
+    """
 
     n_rows: int
-    l0: Tensor  # mean number of latents that fire on a row
+    error: Tensor  # E‖x - x̂‖²
+    variance: Tensor  # E‖x - E x‖²
     l1: Tensor  # E‖f‖₁
-    fvu: Tensor  # fraction of variance unexplained, E‖x - x̂‖² / E‖x - E x‖²
-    gamma: Tensor  # this and the next four: see Moments
-    norm_ratio: Tensor
-    cosine_squared: Tensor
-    factor_on_x: Tensor
-    factor_on_x_hat: Tensor
-    dead_fraction: Tensor  # share of latents that never fired
     firing_frequency: Tensor  # (*stack, d_sae): share of rows on which each latent fired
+
+    fvu = property(lambda m: _ratio(m.error, m.variance, "fvu = E‖x - x̂‖² / E‖x - E x‖²"))
+    l0 = property(lambda m: m.firing_frequency.sum(-1))
+    dead_fraction = property(lambda m: (m.firing_frequency == 0).to(m.l1).mean(-1))
 
 
 @torch.no_grad()
@@ -759,120 +625,45 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
     Ratios of means over the whole stream: how it was cut into batches changes nothing but rounding.
     Sums are float64 (MPS: float32). A NaN or infinity raises ValueError, with the batch's number.
     """
-    n_rows, sums = 0, {}
-    for number, x in enumerate(_stream(sae, batches)):
-        if not x.isfinite().all():
-            raise ValueError(f"batch {number}: {_bad_rows(x)}")
+    n_rows, origin, sums = 0, None, {}
+    for x in stream(sae, batches, finite=True):
         f = sae.encode(x)
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         x, x_hat, n = x.to(wide), sae.decode(f).to(wide), x.shape[-2]
-        if n_rows == 0:
-            origin = rows(x[..., 0, :])  # centre near the data, or a far mean cancels the variance
-        means = moments(x, x_hat)._asdict() | dict(
+        # Centred near the data: far from the origin, E‖x‖² - ‖E x‖² would cancel to nothing.
+        origin = x[..., :1, :] if origin is None else origin
+        means = vars(moments(x, x_hat)) | dict(
             error=squared_error(x, x_hat),
             offset=(x - origin).mean(-2),
-            offset_sq=squared_error(x, origin),
-            fires=(f > 0).sum(-2, dtype=wide) / n,
+            variance=squared_error(x, origin),
             l1=f.sum(-1, dtype=wide).mean(-1),
+            firing_frequency=(f > 0).sum(-2, dtype=wide) / n,
         )
         sums = {name: sums.get(name, 0) + n * mean for name, mean in means.items()}
         n_rows += n
     if n_rows == 0:
         raise ValueError("batches is empty, expected at least one batch")
     mean = {name: total / n_rows for name, total in sums.items()}
-    m = Moments(mean["x_sq"], mean["x_hat_sq"], mean["dot"])
-    variance = mean["offset_sq"] - mean["offset"].square().sum(-1)
-    return Metrics(
-        n_rows=n_rows,
-        l0=mean["fires"].sum(-1),
-        l1=mean["l1"],
-        fvu=_ratio(mean["error"], variance, "fvu", "the variance of x"),
-        gamma=m.gamma,
-        norm_ratio=m.norm_ratio,
-        cosine_squared=m.cosine_squared,
-        factor_on_x=m.factor_on_x,
-        factor_on_x_hat=m.factor_on_x_hat,
-        dead_fraction=(mean["fires"] == 0).to(wide).mean(-1),
-        firing_frequency=mean["fires"],
-    )
-
-
-def _stream(sae: SAE, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Each batch, checked, on the SAE's device and in its dtype. Errors number them from 0."""
-    if isinstance(batches, Tensor):
-        raise TypeError("batches is one tensor, expected an iterable of them: x.split(512), or [x]")
-    for number, x in enumerate(batches):
-        if isinstance(x, Tensor) and x.is_floating_point():
-            # Detached: the model that made x is not being trained.
-            x = x.detach().to(sae.W_enc.device, sae.W_enc.dtype)
-        try:
-            sae.check(x, rows_only=True)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"batch {number}: {error}") from None
-        yield x
-
-
-def _bad_rows(x: Tensor) -> str:
-    bad = (~x.isfinite()).any(-1).flatten().nonzero().flatten()
-    return f"NaN or infinity in {len(bad)} of {x[..., 0].numel()} rows, first in row {int(bad[0])}"
+    mean["variance"] -= mean.pop("offset").square().sum(-1)
+    return Metrics(n_rows=n_rows, **mean)
 
 
 # -- 9 · Training ----------------------------------------------------------------------------------
 # One loop for every variant, and for whole stacks: no parameter is shared by two members, so the
 # gradient of the sum of their losses is each one's own, and Adam works element by element.
+#
+# Rows of W_dec have norm 1, or the penalty could be dodged: with d_i twice as long, half of f_i
+# gives the same x̂ at half the price. Each step removes the gradient's radial part, which would only
+# swell Adam's second moment and so shorten the useful part of the step; then steps; then
+# renormalises, since Adam rescales each coordinate and its step is not tangential again.
 
 
 @torch.no_grad()
-def resample(
-    sae: SAE,
-    dead: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> None:
-    """Restart latents at inputs x (batch, d_in) that are reconstructed badly, as Anthropic does.
-
-    A dead latent gets no gradient and stays dead. Each of `dead` (*stack, d_sae), bool, draws a row
-    with probability ∝ its squared error squared; d_i becomes its direction from b_dec, the encoder
-    the same at 0.2 of the others' mean norm. All else of the latent restarts, in the optimiser too
-    (transformer-circuits.pub/2023/monosemantic-features, "neuron resampling").
-    """
-    error = (x - sae(x)).square().sum(-1)  # (*stack, batch)
-    tiny = torch.finfo(error.dtype).tiny
-    weight = (error / error.amax(-1, keepdim=True).clamp_min(tiny)).square() + tiny
-    most = max(1, int(dead.sum(-1).max()))
-    rows_drawn = torch.multinomial(
-        weight.view(-1, x.shape[-2]),
-        most,
-        replacement=most > x.shape[-2],  # else none twice: they would stay the same for ever
-        generator=generator,
-    ).view(*sae.stack, most)
-    nth = (dead.cumsum(-1) - 1).clamp_min(0)  # the nth dead latent gets the nth row drawn
-    drawn = rows_drawn.gather(-1, nth).unsqueeze(-1)
-    picked = (x - rows(sae.b_dec)).expand(*sae.stack, *x.shape[-2:]).take_along_dim(drawn, -2)
-    d = F.normalize(picked, dim=-1)
-    alive, norm = ~dead, sae.W_enc.norm(dim=-2)
-    size = 0.2 * (norm * alive).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp_min(1)
-    size = torch.where(size > 0, size, 0.2)
-    start = dict(W_dec=d, W_enc=(size.unsqueeze(-1) * d).mT, W_mag=(size.unsqueeze(-1) * d).mT)
-    for name, parameter in sae.named_parameters():
-        if name == "b_dec" or not parameter.requires_grad:
-            continue
-        mask = {"W_dec": dead.unsqueeze(-1), "W_enc": rows(dead), "W_mag": rows(dead)}.get(
-            name, dead
-        )
-        initial = start.get(name, parameter.new_tensor(sae.latent_vectors.get(name, 0.0)))
-        parameter.copy_(torch.where(mask, initial, parameter))
-        for moment in optimizer.state[parameter].values() if optimizer else ():
-            if moment.shape == parameter.shape:
-                moment.masked_fill_(mask, 0)
-
-
-def best_device() -> torch.device:
-    """CUDA if there is one, else MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def step_on_unit_norm(optimizer: torch.optim.Optimizer, W_dec: Tensor) -> None:
+    """grad d_i ← grad d_i - (grad d_i · d_i) d_i; a step; d_i ← d_i / ‖d_i‖. A zero row stays."""
+    W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec
+    optimizer.step()
+    W_dec /= W_dec.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny)
 
 
 class Record(NamedTuple):
@@ -912,31 +703,21 @@ def train(
                shares of the steps in which lr and λ rise linearly, and in which lr falls at the end
     resample_every
                after every so many steps but the last, `resample` what has not fired in them
-    device     None: `best_device()`; the SAE is moved there, and each batch
+    device     None: the accelerator if there is one, else the CPU; the SAE and each batch go there
 
     A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. NaN or infinity in a batch
     or a loss, or too few batches, raise ValueError with the step, and leave the SAE as before that
     step. A half-precision SAE is a TypeError: its rounding swallows the steps.
     """
-    _positive_int("steps", steps), _positive_int("log_every", log_every)
-    if resample_every is not None:
-        _positive_int("resample_every", resample_every)
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr is {lr}, expected a positive number")
-    if not all(0 <= share <= 1 for share in (lr_warmup, l1_warmup, lr_decay)):
-        shares = lr_warmup, l1_warmup, lr_decay
-        raise ValueError(f"lr_warmup, l1_warmup, lr_decay are {shares}, expected shares in [0, 1]")
-    if torch.finfo(sae.W_enc.dtype).bits < 32:
-        raise TypeError(f"the SAE is {sae.W_enc.dtype}, expected float32: train, then convert")
-    sae.to(best_device() if device is None else device)
+    shares = lr_warmup, l1_warmup, lr_decay
+    check_schedule(sae, l1, steps, lr, shares, resample_every, log_every)
+    sae.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     l1 = torch.as_tensor(l1).detach().clone().to(sae.W_enc)
-    if l1.shape not in ((), sae.stack) or not ((l1 >= 0) & l1.isfinite()).all():
-        raise ValueError(
-            f"l1 is {l1.tolist()}, expected finite and ≥ 0, of shape () or {sae.stack}"
-        )
+    if sae.unit_norm:
+        fold_decoder_norms(sae)
 
-    if sae.unit_norm and (sae.W_dec.norm(dim=-1) - 1).abs().max() > 1e-3:
-        sae.fold_decoder_norms()
+    def ramp(step: int, share: float) -> float:
+        return min(1.0, step / max(1.0, share * steps))
 
     @torch.enable_grad()  # also where the caller has switched gradients off
     def run() -> Iterator[Record]:  # apart, so that the checks above do not wait for an iteration
@@ -944,30 +725,24 @@ def train(
         generator = torch.Generator(sae.W_dec.device).manual_seed(0)
         silent = torch.ones(*sae.stack, sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
         step = 0
-        for step, x in enumerate(islice(_stream(sae, batches), steps), start=1):
-            rise, fall = (
-                step / max(1, lr_warmup * steps),
-                (steps + 1 - step) / max(1, lr_decay * steps),
-            )
-            lr_now, l1_now = lr * min(1, rise, fall), l1 * min(1, step / max(1, l1_warmup * steps))
-            losses, f = sae.losses_and_latents(x)
+        for step, x in enumerate(islice(stream(sae, batches), steps), start=1):
+            lr_now = lr * min(ramp(step, lr_warmup), ramp(steps + 1 - step, lr_decay))
+            l1_now = l1 * ramp(step, l1_warmup)
+            losses = sae.losses(x)
             total = losses.total(l1_now)
-            if not total.isfinite().all():
-                cause = f"the loss is {total.tolist()}" if x.isfinite().all() else _bad_rows(x)
-                raise ValueError(f"step {step}: {cause}; the SAE is as it was before this step")
+            check_finite(total, x, step)
+            if resample_every:
+                silent &= ~(sae.encode(x).detach() > 0).any(-2)
             optimizer.zero_grad()
             total.sum().backward()
             optimizer.param_groups[0]["lr"] = lr_now
             if sae.unit_norm:
-                sae.remove_radial_gradient()
-            optimizer.step()
-            if sae.unit_norm:
-                sae.normalize_decoder()
-            if resample_every:
-                silent &= ~(f > 0).any(-2)
-                if step % resample_every == 0 and step < steps:
-                    resample(sae, silent, x, generator, optimizer)
-                    silent.fill_(True)
+                step_on_unit_norm(optimizer, sae.W_dec)
+            else:
+                optimizer.step()
+            if resample_every and step % resample_every == 0 and step < steps:
+                resample(sae, silent, x, generator, optimizer)
+                silent.fill_(True)
             if step in (1, steps) or step % log_every == 0:
                 terms = Losses(*(term.detach() for term in losses))
                 yield Record(step, lr_now, l1_now, terms, evaluate(sae, [x]))
@@ -1036,7 +811,7 @@ def integrated_gradients(fn: Callable, z: Tensor, baseline: Tensor, steps: int) 
     fn: (..., d) -> (...), row by row. Complete where fn is continuous: the sum over d tends to
     fn(z) - fn(z₀) with more steps. A ReLU's kink may cost its coordinate |z - z₀| / (2 steps).
     """
-    _positive_int("steps", steps)
+    check_positive("steps", steps)
     path = (baseline + (k + 0.5) / steps * (z - baseline) for k in range(steps))
     return (z - baseline).detach() * sum(_gradient(fn, point) for point in path) / steps
 
@@ -1186,3 +961,166 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+# -- 13 · Upkeep -----------------------------------------------------------------------------------
+# What the sections above call and need not explain. First, dead latents and foreign decoders.
+
+
+@torch.no_grad()
+def resample(
+    sae: SAE,
+    dead: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Restart latents at inputs x (batch, d_in) that are reconstructed badly, as Anthropic does.
+
+    A dead latent gets no gradient and stays dead. Each of `dead` (*stack, d_sae), bool, draws a row
+    with probability ∝ its squared error squared; d_i becomes its direction from b_dec, the encoder
+    the same at 0.2 of the others' mean norm. All else of the latent restarts, in the optimiser too
+    (transformer-circuits.pub/2023/monosemantic-features, "neuron resampling"). There, Adam's second
+    moment becomes the mean of the others': from 0, the first step would be 30 times as long.
+    """
+
+    def mean_of_living(v: Tensor, is_dead: Tensor) -> Tensor:
+        own, living = tuple(range(len(sae.stack) - v.ndim, 0)), (~is_dead).expand_as(v)
+        return (v * living).sum(own, keepdim=True) / living.sum(own, keepdim=True).clamp_min(1)
+
+    n, batch = max(1, int(dead.sum(-1).max())), x.shape[-2]
+    error = (x - sae(x)).square().sum(-1)  # (*stack, batch)
+    tiny = torch.finfo(error.dtype).tiny
+    weight = F.normalize(error, p=math.inf, dim=-1, eps=tiny).square() + tiny
+    # Rows are drawn twice only if they are too few: two equal latents would stay equal for ever.
+    drawn = torch.multinomial(weight.view(-1, batch), n, n > batch, generator=generator)
+    nth = (dead.cumsum(-1) - 1).clamp_min(0)  # the nth dead latent gets the nth row drawn
+    drawn = drawn.view(*sae.stack, n).gather(-1, nth).unsqueeze(-1)
+    d = F.normalize((x - rows(sae.b_dec)).take_along_dim(drawn, -2), dim=-1)  # as W_dec
+    size = 0.2 * mean_of_living(sae.W_enc.norm(dim=-2), dead).unsqueeze(-1)
+    W_enc = (torch.where(size > 0, size, 0.2) * d).mT
+    start = sae.latent_vectors | dict(W_dec=d, W_enc=W_enc, W_mag=W_enc)
+    masks = dict(W_dec=dead.unsqueeze(-1), W_enc=rows(dead), W_mag=rows(dead))
+    for name, parameter in sae.named_parameters():
+        if name == "b_dec" or not parameter.requires_grad:
+            continue
+        is_dead = masks.get(name, dead)
+        parameter.copy_(torch.where(is_dead, start.get(name, 0.0), parameter))
+        for key, moment in (optimizer.state[parameter] if optimizer else {}).items():
+            if key != "step":
+                fresh = mean_of_living(moment, is_dead) if key == "exp_avg_sq" else 0.0
+                moment.copy_(torch.where(is_dead, fresh, moment))
+
+
+@torch.no_grad()
+def fold_decoder_norms(sae: SAE) -> None:
+    """d_i ← d_i / n_i and f_i ← n_i f_i, for n_i = ‖d_i‖: x̂ and the squared errors stay.
+
+    Norms within 1e-3 of 1 are left alone. ValueError where f does not scale with x.
+    """
+    n = sae.W_dec.norm(dim=-1)
+    n = torch.where(n > 0, n, 1)
+    if ((n - 1).abs() <= 1e-3).all():
+        return
+    if not sae.scales:
+        span = n.min().item(), n.max().item()
+        raise ValueError(f"rows of W_dec have norms {span}, expected 1: f does not scale with x")
+    sae.W_dec /= n.unsqueeze(-1)
+    for name, parameter in sae.named_parameters():
+        if name in ("W_enc", "W_mag"):
+            parameter *= rows(n)
+        elif name in sae.latent_vectors:
+            parameter *= n
+
+
+# Then, what is refused. Each error says what came and what was expected.
+
+
+def check_positive(name: str, value: int) -> int:
+    """The value as an int, if it is one and at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected a positive integer")
+    return operator.index(value)
+
+
+def check_config(sae: SAE, d_in: int, d_sae: int, stack, options: dict) -> dict:
+    """All that `sae.config` will hold: sizes, and a value for each of `sae.options`."""
+    config = dict(d_in=check_positive("d_in", d_in), d_sae=check_positive("d_sae", d_sae))
+    stack = (stack,) if hasattr(stack, "__index__") else stack
+    config["stack"] = tuple(check_positive("a dimension of stack", n) for n in stack)
+    for name, allowed in sae.options.items():
+        number = isinstance(allowed, float)
+        value = options.pop(name, allowed if number else next(iter(allowed)))
+        config[name] = float(value) if isinstance(value, Real) and number else value
+        if number and not (isinstance(value, Real) and 0 < value < math.inf):
+            raise ValueError(f"{name} is {value!r}, expected a positive number")
+        if not number and not any(value == v and type(value) is type(v) for v in allowed):
+            raise ValueError(f"{name} is {value!r}, expected one of {list(allowed)}")
+    if options:
+        raise TypeError(f"{type(sae).__name__} got {options}, expected of {list(sae.options)}")
+    if (pair := (config.get("aux"), config["penalty"])) in (
+        ("frozen", "norm_live"),
+        ("unfrozen", "norm_frozen"),
+    ):
+        message = f"aux={pair[0]!r} with penalty={pair[1]!r}: see norm_penalty"
+        warnings.warn(message, stacklevel=4)  # where the SAE was made
+    return config
+
+
+def check_rows(sae: SAE, x: Tensor, only_batches: bool = False) -> None:
+    """x is (..., batch, d_in), in the SAE's dtype; for a stack or `only_batches` as in `SAE`."""
+    if not isinstance(x, Tensor) or x.dtype != sae.W_enc.dtype:
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x is {kind}, expected {sae.W_enc.dtype} like the SAE")
+    if x.ndim < 2 or x.shape[-1] != sae.d_in or x.numel() == 0:
+        raise ValueError(f"x is {tuple(x.shape)}, expected (..., batch ≥ 1, {sae.d_in})")
+    if (sae.stack or only_batches) and x.shape[:-2] not in ((), sae.stack):
+        own = f" or (*{sae.stack}, batch, {sae.d_in})" if sae.stack else ""
+        raise ValueError(f"x is {tuple(x.shape)}, expected (batch, {sae.d_in}){own}")
+
+
+def stream(sae: SAE, batches: Iterable[Tensor], finite: bool = False) -> Iterator[Tensor]:
+    """Each batch, checked, on the SAE's device and in its dtype. Errors number them from 0."""
+    if isinstance(batches, Tensor):
+        raise TypeError("batches is one tensor, expected an iterable of them: x.split(512), or [x]")
+    for number, x in enumerate(batches):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            # Detached: the model that made x is not being trained.
+            x = x.detach().to(sae.W_enc.device, sae.W_enc.dtype)
+        try:
+            check_rows(sae, x, only_batches=True)
+            if finite and not x.isfinite().all():
+                raise ValueError(bad_rows(x))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"batch {number}: {error}") from None
+        yield x
+
+
+def bad_rows(x: Tensor) -> str:
+    bad = (~x.isfinite()).any(-1).flatten().nonzero().flatten()
+    return f"NaN or infinity in {len(bad)} of {x[..., 0].numel()} rows, first in row {int(bad[0])}"
+
+
+def check_schedule(sae, l1, steps, lr, shares, resample_every, log_every) -> None:
+    """The arguments of `train`."""
+    check_positive("steps", steps), check_positive("log_every", log_every)
+    if resample_every is not None:
+        check_positive("resample_every", resample_every)
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr is {lr}, expected a positive number")
+    if not all(0 <= share <= 1 for share in shares):
+        names = "lr_warmup, l1_warmup, lr_decay"
+        raise ValueError(f"{names} are {shares}, expected shares in [0, 1]")
+    if torch.finfo(sae.W_enc.dtype).bits < 32:
+        raise TypeError(f"the SAE is {sae.W_enc.dtype}, expected float32: train, then convert")
+    l1 = torch.as_tensor(l1)
+    if l1.shape not in ((), sae.stack) or not ((l1 >= 0) & l1.isfinite()).all():
+        wanted = f"finite and ≥ 0, of shape () or {sae.stack}"
+        raise ValueError(f"l1 is {l1.tolist()}, expected {wanted}")
+
+
+def check_finite(total: Tensor, x: Tensor, step: int) -> None:
+    """A loss that is no number would make every parameter none."""
+    if not total.isfinite().all():
+        cause = f"the loss is {total.tolist()}" if x.isfinite().all() else bad_rows(x)
+        raise ValueError(f"step {step}: {cause}; the SAE is as it was before this step")

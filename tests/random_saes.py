@@ -17,7 +17,7 @@ from gated_sae import (
 # Every variant and objective, as constructors of (d_in, d_sae, **options).
 VARIANTS = {
     "standard": StandardSAE,
-    "standard log": partial(StandardSAE, penalty="log"),
+    "standard log": partial(StandardSAE, penalty="log", a=2.0),
     "standard norm": partial(StandardSAE, penalty="norm_live"),
     "gated": GatedSAE,
     "gated unfrozen": partial(GatedSAE, aux="unfrozen"),
@@ -47,7 +47,7 @@ def random_sae(variant, size, seed, **options):
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     if sae.unit_norm:
-        sae.normalize_decoder()
+        sae.W_dec.data /= sae.W_dec.data.norm(dim=-1, keepdim=True)
     return sae
 
 

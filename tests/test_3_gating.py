@@ -75,11 +75,10 @@ def test_reconstruction_reaches_a_tied_encoder_through_the_magnitude_path_only(s
     sae = random_sae("gated", size, seed)
     x = random_batch(6, size[0], seed=seed)
     pi_gate, pi_mag = sae.paths(x)
-    decoder = sae.W_dec, sae.b_dec
 
     def grad(pi_gate, pi_mag):
         f = gated_sae.gate(pi_gate, pi_mag)
-        return gradients(sae, gated_sae.squared_error(x, gated_sae.decode(f, *decoder)))["W_enc"]
+        return gradients(sae, gated_sae.squared_error(x, sae.decode(f)))["W_enc"]
 
     full = gradients(sae, sae.losses(x).reconstruct)["W_enc"]
     assert (grad(pi_gate, pi_mag.detach()) == 0).all()
@@ -151,17 +150,18 @@ def test_two_usual_losses_have_the_gradient_of_three_terms_unfrozen(size, seed, 
     sae = random_sae(GatedSAE, size, seed, tied=tied, aux="unfrozen")
     x = random_batch(6, size[0], seed=seed)
     pi_gate, pi_mag = sae.paths(x)
-    decoder = sae.W_dec, sae.b_dec
     f, is_open, f_gate = gated_sae.gate(pi_gate, pi_mag), (pi_gate > 0).double(), F.relu(pi_gate)
-    gated = gated_sae.penalised_losses(x, f, is_open, *decoder).total(l1)
-    usual = gated_sae.penalised_losses(x, f_gate, f_gate, *decoder).total(l1)
+    gated = gated_sae.penalised_losses(x, f, is_open, sae.W_dec, sae.b_dec).total(l1)
+    usual = gated_sae.penalised_losses(x, f_gate, f_gate, sae.W_dec, sae.b_dec).total(l1)
     three_terms = sae.losses(x).total(l1)
     assert_equal(gradients(sae, gated + usual), gradients(sae, three_terms))
     assert (gated + usual - three_terms - l1 * is_open.sum(-1).mean()).abs() < 1e-9
 
 
 def test_aux_is_one_of_three():
-    with pytest.raises(ValueError, match="aux is 'thawed', expected 'frozen', 'unfrozen' or None"):
+    with pytest.raises(
+        ValueError, match="aux is 'thawed', expected one of .'frozen', 'unfrozen', None"
+    ):
         GatedSAE(4, 8, aux="thawed")
 
 

@@ -48,7 +48,7 @@ def test_a_tied_gate_is_a_jump_relu(size, seed):
     x = random_batch(20, size[0], seed=seed)
     pi_gate, pi_mag = sae.paths(x)
     clear = pi_gate.abs() > 1e-9
-    assert_equal(sae.encode(x)[clear], jump_relu(pi_mag, sae.threshold())[clear], rtol=0, atol=0)
+    assert_equal(sae.encode(x)[clear], jump_relu(pi_mag, sae.threshold)[clear], rtol=0, atol=0)
 
 
 @given(sizes, seeds)
@@ -59,7 +59,7 @@ def test_the_natural_b_mag_removes_the_jump(size, seed):
         sae.b_mag.copy_(sae.r_mag.exp() * sae.b_gate)
     x = random_batch(20, size[0], seed=seed)
     pi_gate, _ = sae.paths(x)
-    assert (sae.threshold() == 0).all()
+    assert (sae.threshold == 0).all()
     assert_equal(sae.encode(x), sae.r_mag.exp() * F.relu(pi_gate))
 
 
@@ -74,7 +74,7 @@ def test_the_jump_is_as_high_as_the_threshold(seed):
 
 def test_an_untied_gate_has_no_threshold():
     with pytest.raises(ValueError, match="tied=False"):
-        GatedSAE(4, 8, tied=False).threshold()
+        _ = GatedSAE(4, 8, tied=False).threshold
 
 
 def test_untied_starts_as_tied():
@@ -90,7 +90,7 @@ def test_thresholds_of_a_stack_are_its_members():
     x = random_batch(20, 4, seed=0)
     pi_gate, pi_mag = sae.paths(x)
     clear = pi_gate.abs() > 1e-9
-    assert_equal(sae.encode(x)[clear], jump_relu(pi_mag, sae.threshold())[clear], rtol=0, atol=0)
+    assert_equal(sae.encode(x)[clear], jump_relu(pi_mag, sae.threshold)[clear], rtol=0, atol=0)
 
 
 def test_at_the_threshold_nothing_fires():
