@@ -55,8 +55,8 @@ with app.setup:
         "Standard": (StandardSAE, {}, LOW),
         "Standard 1.5x": (StandardSAE, {"d_sae": 192}, LOW),
         "Gated": (GatedSAE, {}, HIGH),
-        "rescale & shift": (StandardSAE, {}, LOW),
-        "rescale & shift, decoder too": (StandardSAE, {}, LOW),
+        "rescale & shift": (StandardSAE, {}, (0.2, 2.4)),
+        "rescale & shift, decoder too": (StandardSAE, {}, (0.2, 2.4)),
         "natural b_mag": (NaturalGatedSAE, {}, (0.6, 4.8)),
         "log penalty": (StandardSAE, {"penalty": "log"}, (0.3, 2.0)),
         "soft cutoff": (SoftCutoffSAE, {}, LOW),
@@ -68,6 +68,7 @@ with app.setup:
         "soft cutoff": lambda sae, refit: to_jumprelu(sae),
     }
     ABLATIONS = {
+        "log penalty, a = 4": (StandardSAE, {"penalty": "log", "a": 4.0}, (0.06, 0.5)),
         "aux unfrozen": (GatedSAE, {"aux": "unfrozen"}, LOW),
         "without aux": (GatedSAE, {"aux": None}, HIGH),
         "without r_mag": (GatedSAE, {"freeze": "r_mag"}, HIGH),
@@ -696,11 +697,13 @@ def claims(rows, numbers):
         "γ, log penalty": gammas(rows, "log penalty"),
         "γ, Standard": gammas(rows, "Standard"),
         "L0 log penalty / Standard": ratio("log penalty", "Standard"),
+        "γ, a = 4": gammas(rows, "log penalty, a = 4"),
+        "L0, a = 4 / Standard": ratio("log penalty, a = 4", "Standard"),
     }
     row(
         "A3",
-        "log(1 + f) in place of L1 lessens shrinkage of the Standard SAE",
-        "sweep over λ; γ where 60% to 95% of the variance is explained",
+        "log(1 + a f) in place of L1 lessens shrinkage of the Standard SAE",
+        "sweep over λ, a = 1; γ where 60% to 95% of the variance is explained",
         a3,
         above([a - b for a, b in zip(a3["γ, log penalty"], a3["γ, Standard"], strict=True)], 0),
     )

@@ -6,7 +6,7 @@ zero: it *shrinks*. A Gated SAE pays the penalty only for deciding *which* direc
 for *how strongly*, and so reconstructs as well with fewer of them.
 
     Rajamanoharan, Conmy, Smith, Lieberum, Varma, Kramár, Shah, Nanda: Improving Dictionary Learning
-    with Gated Sparse Autoencoders, arXiv 2404.16014v2. Below: "the paper".
+    with Gated Sparse Autoencoders, arXiv 2404.16014v2. Below: "the paper", its sections "§".
 
     "The discussion" is the thread under its announcement, lesswrong.com/posts/vdoiWXeouGsZEYgrg.
 
@@ -20,6 +20,7 @@ module, which run as one.
     π_gate   pi_gate     (..., batch, d_sae)   a gate is open where this is positive;
     π_mag    pi_mag      (..., batch, d_sae)   its latent's coefficient is then max(0, π_mag)
     W_enc    W_enc       (..., d_in, d_sae)    encoder: the paper's W_gate, transposed
+    W_mag    W_mag       (..., d_in, d_sae)    a second one for the magnitudes, if they are not tied
     W_dec    W_dec       (..., d_sae, d_in)    decoder: row i is dictionary direction d_i, of norm 1
     b_dec    b_dec       (..., d_in)           subtracted before encoding, added after decoding
     b_enc, b_gate, b_mag (..., d_sae)          biases of the encoders: standard; gate and magnitude
@@ -31,7 +32,7 @@ module, which run as one.
 Map.  The ideas: 2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient vanishes ·
 5 the auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training. No idea uses a
 later one: stop after any section and own what came before. The engineering: 10 downstream ·
-12 files · 13 upkeep. (11 is reserved.)
+12 files and conversions · 13 upkeep.
 
 Departures from the paper: W_enc starts as a copy of W_dec transposed, and λ warms up (both became
 practice later); dead latents are resampled on request only; the untied variant has no r_mag, since
@@ -44,7 +45,7 @@ import operator
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Real
@@ -103,13 +104,13 @@ def l1_penalty(f: Tensor, W_dec: Tensor, a: float = 1.0) -> Tensor:
 PENALTIES = {"l1": l1_penalty}  # by name; section 7 adds its own
 
 
-def penalised_losses(x, f, penalised, W_dec, b_dec, penalty=l1_penalty) -> Losses:
-    """E‖x - x̂(f)‖² + λ E‖penalised‖₁, for f, penalised ≥ 0 of shape (..., batch, d_sae).
+def penalised_losses(x, f, charged, W_dec, b_dec, penalty=l1_penalty) -> Losses:
+    """E‖x - x̂(f)‖² + λ E[penalty(charged)], for f, charged ≥ 0 of shape (..., batch, d_sae).
 
-    A standard SAE penalises f itself (section 2.2 of the paper), and that shrinks f.
+    A standard SAE is charged for f itself (§2.2 of the paper), and that shrinks f.
     """
     reconstruct = squared_error(x, f @ W_dec + rows(b_dec))
-    return Losses(reconstruct, penalty(penalised, W_dec).mean(-1), torch.zeros_like(reconstruct))
+    return Losses(reconstruct, penalty(charged, W_dec).mean(-1), torch.zeros_like(reconstruct))
 
 
 class SAE(nn.Module, ABC):
@@ -124,32 +125,21 @@ class SAE(nn.Module, ABC):
     normalize  (option) divide the squared errors by E‖x‖² of the batch (authors, in the discussion,
                to carry hyper-parameters between sites): c x then has the errors of x. But its
                sparsity is c times as large, so the same λ weighs c times as much
-    penalty    (option) "l1", or another of section 7
+    penalty, a (options) "l1", or another of section 7; a is the slope of "log"
     """
 
     architecture: str
-    latent_vectors: dict[str, float]  # parameters of shape (..., d_sae), and where they start
+    latent_vectors: dict[str, float]  # those of (..., d_sae) that scale with f; where they start
     # What else the constructor takes: a positive number, or the values allowed. First the default.
     options: dict = {"normalize": (False, True), "penalty": PENALTIES, "a": 1.0}
-    scales = True  # whether c x, with biases c b, has latents c f
 
     def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        stack: int | Sequence[int] = (),
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options,
+        self, d_in: int, d_sae: int, *, stack=(), generator=None, device=None, dtype=None, **options
     ):
         super().__init__()
-        for name, value in check_config(self, d_in, d_sae, stack, options).items():
+        for name, value in check_config(self, d_in, d_sae, stack, dtype, options).items():
             setattr(self, name, value)
         W_dec = torch.empty(*self.stack, d_sae, d_in, device=device, dtype=dtype)
-        if not W_dec.is_floating_point():
-            raise TypeError(f"dtype is {dtype}, expected a floating-point dtype")
         if not W_dec.is_meta:  # on the meta device there are shapes and no numbers: see `load`
             generator = torch.Generator().manual_seed(0) if generator is None else generator
             at = dict(generator=generator, device=generator.device, dtype=W_dec.dtype)
@@ -212,7 +202,7 @@ class SAE(nn.Module, ABC):
 
 
 class StandardSAE(SAE):
-    """f = ReLU((x - b_dec) W_enc + b_enc), section 2.2 of the paper. Options: see `SAE`."""
+    """f = ReLU((x - b_dec) W_enc + b_enc), §2.2 of the paper. Options: see `SAE`."""
 
     architecture = "standard"
     latent_vectors = {"b_enc": 0.0}
@@ -230,11 +220,11 @@ class StandardSAE(SAE):
 # split the encoder: one path decides *which* latents fire, the other *how strongly*, and only the
 # first will be penalised. Each has weights (d_in, d_sae) and biases of its own.
 #
-#     π_gate = (x - b_dec) W_gate + b_gate            π_mag = (x - b_dec) W_mag + b_mag
+#     π_gate = (x - b_dec) W_enc + b_gate             π_mag = (x - b_dec) W_mag + b_mag
 
 
 def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
-    """f̃ = 1[π_gate > 0] ⊙ ReLU(π_mag), all (..., batch, d_sae); eq. 6, section 3.2.1 of the paper.
+    """f̃ = 1[π_gate > 0] ⊙ ReLU(π_mag), all (..., batch, d_sae); eq. 6, §3.2.1 of the paper.
 
     The step is flat wherever it is not vertical, so no gradient of f̃ tells the gate when to open.
     """
@@ -248,13 +238,14 @@ def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
 #     ∂ reconstruct / ∂b_gate  =  0                       f̃ sees π_gate through the step only: flat
 #     ∂ sparsity    / ∂b_gate  =  E 1[π_gate > 0]  ≥  0   ReLU(π_gate) rises where the gate is open
 #
-# so descent lowers b_gate of each latent whose gate ever opens, and nothing ever raises it. W_gate
+# so descent lowers b_gate of each latent whose gate ever opens, and nothing ever raises it. W_enc
 # is in the same trap. (Tied to W_mag, as in section 6, it still hears of the reconstruction, and
-# only dies more slowly.) The loss reads well, falls for a while, and ends near E‖x‖²: all shut.
+# only dies more slowly.) The loss reads well, falls for a while, and ends at the variance of x:
+# every gate is shut, and x̂ = b_dec.
 
 
 def incorrect_losses(x, f, pi_gate, W_dec, b_dec, penalty=l1_penalty) -> Losses:
-    """E‖x - x̂(f̃)‖² + λ E‖ReLU(π_gate)‖₁: L_incorrect of the paper's section 3.2.2. It fails.
+    """E‖x - x̂(f̃)‖² + λ E‖ReLU(π_gate)‖₁: L_incorrect, §3.2.2 of the paper. It fails.
 
     What we mean to penalise is the gate itself, 1[π_gate > 0], but a step has no gradient here
     either. ReLU(π_gate) has one, and it reaches the gate. The reconstruction's still does not.
@@ -267,13 +258,13 @@ def incorrect_losses(x, f, pi_gate, W_dec, b_dec, penalty=l1_penalty) -> Losses:
 # which latents would help. With its penalty this is section 2 over again, shrinkage and all, but
 # nobody reads those coefficients as magnitudes: they train the gate, which uses their sign.
 #
-# Frozen, or the auxiliary task would turn the d_i and move b_dec to suit ReLU(π_gate), which is
-# shrunken, at the cost of f̃. b_dec is frozen as the decoder's bias only: it is also in π_gate, as
-# x - b_dec, and there it keeps its gradient.
+# Its decoder is a frozen copy, detached; or the auxiliary task would turn the d_i and move b_dec to
+# suit the shrunken ReLU(π_gate), at the cost of f̃. b_dec is frozen only as the decoder's bias:
+# in π_gate, as x - b_dec, it keeps its gradient.
 
 
 def gated_losses(x, f, pi_gate, W_dec, b_dec, penalty=l1_penalty, frozen=True) -> Losses:
-    """E‖x - x̂(f̃)‖² + λ E‖ReLU(π_gate)‖₁ + E‖x - x̂_frozen(ReLU(π_gate))‖², section 3.2.2.
+    """E‖x - x̂(f̃)‖² + λ E‖ReLU(π_gate)‖₁ + E‖x - x̂_frozen(ReLU(π_gate))‖², §3.2.2.
 
     `frozen=False` lets the auxiliary task train the decoder as well, the paper's ablation.
     """
@@ -285,13 +276,13 @@ def gated_losses(x, f, pi_gate, W_dec, b_dec, penalty=l1_penalty, frozen=True) -
 
 # -- 6 · Weight tying ------------------------------------------------------------------------------
 # A second encoder costs a product and its parameters. But a latent's gate and its magnitude seek
-# the same thing: let them look along one direction, and differ in scale and offset (section 3.2.1).
+# the same thing: let them look along one direction, and differ in scale and offset (§3.2.1).
 #
 #     z = (x - b_dec) W_enc          π_gate = z + b_gate          π_mag = exp(r_mag) ⊙ z + b_mag
 
 
 class GatedSAE(SAE):
-    """The Gated SAE, section 3.2 of the paper. Options, beside those of `SAE`:
+    """The Gated SAE, §3.2 of the paper. Options, beside those of `SAE`:
 
     tied  True: one encoder, and a scale exp(r_mag) per latent (the paper). False: a W_mag as well
     aux   "frozen" (the paper), "unfrozen" (its ablation), None (L_incorrect: the gates die)
@@ -299,7 +290,7 @@ class GatedSAE(SAE):
 
     latent_vectors = {"b_gate": 0.0, "b_mag": 0.0}
     options = SAE.options | {"tied": (True, False), "aux": ("frozen", "unfrozen", None)}
-    gate = staticmethod(gate)
+    gate = staticmethod(gate)  # section 7 has other gates
 
     def __init__(self, d_in: int, d_sae: int, **options):
         super().__init__(d_in, d_sae, **options)
@@ -349,7 +340,7 @@ def jump_relu(pi: Tensor, theta: Tensor) -> Tensor:
 
 
 # -- 7 · Alternatives ------------------------------------------------------------------------------
-# What the discussion proposed instead, or beside. First, other penalties.
+# What the discussion proposed instead, or beside: other penalties, then other gates and encoders.
 
 
 def log_penalty(f: Tensor, W_dec: Tensor, a: float = 1.0) -> Tensor:
@@ -380,12 +371,9 @@ def two_standard_losses(x, f, pi_gate, W_dec, b_dec) -> tuple[Losses, Losses]:
     Together they have the gradient of the three terms with aux "unfrozen", since that of the binary
     gate is zero. So L_aux is no trick: it is a second SAE on the same weights (discussion).
     """
-    is_open, f_gate = (pi_gate > 0).to(f.dtype), F.relu(pi_gate)
+    is_open, f_gate = (pi_gate > 0).to(f.dtype), F.relu(pi_gate)  # booleans have no mean
     gated = penalised_losses(x, f, is_open, W_dec, b_dec)
     return gated, penalised_losses(x, f_gate, f_gate, W_dec, b_dec)
-
-
-# Then, other gates and encoders.
 
 
 class SigmoidGatedSAE(GatedSAE):
@@ -395,7 +383,6 @@ class SigmoidGatedSAE(GatedSAE):
     """
 
     architecture = "gated_sigmoid"
-    scales = False
 
     @staticmethod
     def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
@@ -409,7 +396,7 @@ class SigmoidGatedSAE(GatedSAE):
 class NaturalGatedSAE(GatedSAE):
     """b_mag = exp(r_mag) b_gate, hence θ = 0: f̃ = exp(r_mag) ReLU(π_gate) turns on without a jump.
 
-    Also known as y = x̂(t ⊙ f), with f = ReLU(π_gate) and a learned t = exp(r_mag) (discussion).
+    Also known as y = x̂(t ⊙ f), with f = ReLU(π_gate) and a learned scale t (discussion).
     """
 
     architecture = "gated_natural"
@@ -424,9 +411,9 @@ class NaturalGatedSAE(GatedSAE):
 def soft_cutoff(y: Tensor, t: Tensor, s: float) -> Tensor:
     """(y + √(y² + s²)) (1 + (y + t) / √((y + t)² + s²)) / 4, for s → 0: y 1[y > max(0, -t)].
 
-    Smooth, so that t has a gradient; but then nothing is ever exactly zero, and L0 is d_sae.
+    Smooth, so that t has a gradient; but then nothing is exactly zero (but for rounding).
     """
-    z, s = y + t, y.new_tensor(s)
+    z, s = y + t, y.new_full((), s)
     return (y + torch.hypot(y, s)) * (1 + z / torch.hypot(z, s)) / 4
 
 
@@ -436,7 +423,6 @@ class SoftCutoffSAE(StandardSAE):
     architecture = "soft_cutoff"
     latent_vectors = {"b_enc": 0.0, "t": 0.0}
     options = SAE.options | {"s": 0.1}
-    scales = False
 
     def encode(self, x: Tensor) -> Tensor:
         return soft_cutoff(self.project(x) + rows(self.b_enc), rows(self.t), self.s)
@@ -450,6 +436,7 @@ def heaviside(pi: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
     """1[π > θ] with a pseudo-gradient for θ alone, -1[|π - θ| < ε/2] / ε (arXiv 2407.14435).
 
     The true gradient is zero but for a spike at θ; a window of width ε catches those π near it.
+    θ is a row, (..., 1, d_sae).
     """
     ramp = ((pi.detach() - theta) / bandwidth + 0.5).clamp(0, 1)
     return (pi > theta) + (ramp - ramp.detach())
@@ -478,39 +465,11 @@ class JumpReLUSAE(SAE):
         return penalised_losses(x, f, is_on, self.W_dec, self.b_dec)
 
 
-def to_jumprelu(sae: SAE) -> JumpReLUSAE:
-    """The JumpReLU SAE with the same outputs (section 6); of a soft cutoff, its limit for s → 0.
-
-    An untied or a sigmoid gate has none: ValueError.
-    """
-    if isinstance(sae, GatedSAE):
-        theta, b_enc, W_enc = sae.threshold, sae.b_mag, sae.W_enc * rows(sae.r_mag.exp())
-    else:
-        theta = 0 * sae.b_enc if type(sae) is StandardSAE else sae.threshold
-        b_enc, W_enc = sae.b_enc, sae.W_enc
-    return _converted(JumpReLUSAE, sae, dict(threshold=F.relu(theta), b_enc=b_enc, W_enc=W_enc))
-
-
-def to_gated(sae: SAE, **options) -> GatedSAE:
-    """The Gated SAE with the outputs of `to_jumprelu(sae)`: b_mag = b_enc, b_gate = b_enc - θ."""
-    sae = to_jumprelu(sae)
-    b_gate = sae.b_enc - sae.threshold
-    return _converted(GatedSAE, sae, dict(b_gate=b_gate, b_mag=sae.b_enc), **options)
-
-
-def _converted(kind: type[SAE], sae: SAE, values: dict[str, Tensor], **options) -> SAE:
-    options |= dict(stack=sae.stack, normalize=sae.normalize)
-    new = kind(sae.d_in, sae.d_sae, **options, device=sae.W_dec.device, dtype=sae.W_dec.dtype)
-    values = sae.state_dict() | values
-    new.load_state_dict({name: values.get(name, v) for name, v in new.state_dict().items()})
-    return new
-
-
 def rescale_and_shift(sae: StandardSAE, refit_decoder: bool = False) -> GatedSAE:
     """A trained Standard SAE whose coefficients can be corrected: train the result with l1=0.
 
-    It keeps which latents fire, and learns f̃ = 1[f > 0] ⊙ ReLU(exp(r_mag) ⊙ z + b_mag), a scale and
-    a shift per latent, without penalty (discussion); with `refit_decoder`, W_dec too.
+    No latent fires where it did not before. f̃ = 1[f > 0] ⊙ ReLU(exp(r_mag) ⊙ z + b_mag) learns a
+    scale and a shift per latent, without penalty (discussion); with `refit_decoder`, W_dec too.
     """
     if type(sae) is not StandardSAE:
         raise TypeError(f"sae is a {type(sae).__name__}, expected a StandardSAE")
@@ -550,18 +509,16 @@ class Moments:
     x_hat_sq: Tensor
     dot: Tensor
 
-    gamma = property(lambda m: _ratio(m.x_hat_sq, m.dot, "γ = E‖x̂‖² / E[x̂·x]"))
-    factor_on_x_hat = property(
-        lambda m: _ratio(m.dot, m.x_hat_sq, "factor_on_x_hat = E[x̂·x] / E‖x̂‖²")
-    )
-    factor_on_x = property(lambda m: _ratio(m.dot, m.x_sq, "factor_on_x = E[x̂·x] / E‖x‖²"))
+    gamma = property(lambda m: _ratio(m.x_hat_sq, m.dot, "E‖x̂‖² / E[x̂·x]"))
+    factor_on_x_hat = property(lambda m: _ratio(m.dot, m.x_hat_sq, "E[x̂·x] / E‖x̂‖²"))
+    factor_on_x = property(lambda m: _ratio(m.dot, m.x_sq, "E[x̂·x] / E‖x‖²"))
     cosine_squared = property(lambda m: m.factor_on_x_hat * m.factor_on_x)
-    norm_ratio = property(lambda m: _ratio(m.x_hat_sq, m.x_sq, "norm_ratio = E‖x̂‖² / E‖x‖²"))
+    norm_ratio = property(lambda m: _ratio(m.x_hat_sq, m.x_sq, "E‖x̂‖² / E‖x‖²"))
 
     @property
     def gamma_v1(self) -> Tensor:
         explained = (2 * self.dot - self.x_hat_sq).clamp_min(0)  # E‖x‖² - E‖x - x̂‖²
-        return _ratio(self.x_hat_sq, explained, "gamma_v1² = E‖x̂‖² / (E‖x‖² - E‖x - x̂‖²)").sqrt()
+        return _ratio(self.x_hat_sq, explained, "E‖x̂‖² / (E‖x‖² - E‖x - x̂‖²)").sqrt()
 
     @classmethod
     def from_norms(cls, x_sq: Tensor, x_hat_sq: Tensor, error_sq: Tensor) -> "Moments":
@@ -573,7 +530,7 @@ class Moments:
 def _ratio(a: Tensor, b: Tensor, formula: str) -> Tensor:
     ratio = torch.where(b == 0, torch.nan, a / b)
     if not ratio.isfinite().all():
-        message = f"{formula} is undefined where its denominator is 0, NaN or infinite"
+        message = f"{formula} is undefined, or not finite"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
     return ratio
 
@@ -582,7 +539,9 @@ def moments(x: Tensor, x_hat: Tensor) -> Moments:
     """Of (..., batch, d_in) twice; a stack of x_hat may share one x."""
     if x.shape != x_hat.shape[-x.ndim :] or x.numel() == 0:
         shapes = f"x is {tuple(x.shape)}, x_hat {tuple(x_hat.shape)}"
-        raise ValueError(f"{shapes}, expected one (..., batch, d_in)")
+        raise ValueError(
+            f"{shapes}, expected one (..., batch, d_in); a stack's x_hat may have more"
+        )
     # Squares of half-precision numbers overflow at 256.
     x, x_hat = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (x, x_hat))
     dot = (x * x_hat).sum(-1).mean(-1)
@@ -610,12 +569,12 @@ class Metrics(Moments):
     n_rows: int
     error: Tensor  # E‖x - x̂‖²
     variance: Tensor  # E‖x - E x‖²
-    l1: Tensor  # E‖f‖₁
+    l1_norm: Tensor  # E‖f‖₁
     firing_frequency: Tensor  # (*stack, d_sae): share of rows on which each latent fired
 
-    fvu = property(lambda m: _ratio(m.error, m.variance, "fvu = E‖x - x̂‖² / E‖x - E x‖²"))
+    fvu = property(lambda m: _ratio(m.error, m.variance, "E‖x - x̂‖² / E‖x - E x‖²"))
     l0 = property(lambda m: m.firing_frequency.sum(-1))
-    dead_fraction = property(lambda m: (m.firing_frequency == 0).to(m.l1).mean(-1))
+    dead_fraction = property(lambda m: (m.firing_frequency == 0).to(m.error).mean(-1))
 
 
 @torch.no_grad()
@@ -626,7 +585,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
     Sums are float64 (MPS: float32). A NaN or infinity raises ValueError, with the batch's number.
     """
     n_rows, origin, sums = 0, None, {}
-    for x in stream(sae, batches, finite=True):
+    for x in stream(sae, batches, whole=True):
         f = sae.encode(x)
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         x, x_hat, n = x.to(wide), sae.decode(f).to(wide), x.shape[-2]
@@ -636,15 +595,14 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
             error=squared_error(x, x_hat),
             offset=(x - origin).mean(-2),
             variance=squared_error(x, origin),
-            l1=f.sum(-1, dtype=wide).mean(-1),
+            l1_norm=f.sum(-1, dtype=wide).mean(-1),
             firing_frequency=(f > 0).sum(-2, dtype=wide) / n,
         )
         sums = {name: sums.get(name, 0) + n * mean for name, mean in means.items()}
         n_rows += n
-    if n_rows == 0:
-        raise ValueError("batches is empty, expected at least one batch")
     mean = {name: total / n_rows for name, total in sums.items()}
-    mean["variance"] -= mean.pop("offset").square().sum(-1)
+    variance = mean["variance"] - mean.pop("offset").square().sum(-1)
+    mean["variance"] = variance.expand_as(mean["error"])
     return Metrics(n_rows=n_rows, **mean)
 
 
@@ -654,13 +612,12 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
 #
 # Rows of W_dec have norm 1, or the penalty could be dodged: with d_i twice as long, half of f_i
 # gives the same x̂ at half the price. Each step removes the gradient's radial part, which would only
-# swell Adam's second moment and so shorten the useful part of the step; then steps; then
-# renormalises, since Adam rescales each coordinate and its step is not tangential again.
+# swell Adam's second moment; then steps; then renormalises: tangential steps leave the sphere too.
 
 
 @torch.no_grad()
 def step_on_unit_norm(optimizer: torch.optim.Optimizer, W_dec: Tensor) -> None:
-    """grad d_i ← grad d_i - (grad d_i · d_i) d_i; a step; d_i ← d_i / ‖d_i‖. A zero row stays."""
+    """grad d_i ← grad d_i - (grad d_i · d_i) d_i; a step; d_i ← d_i / ‖d_i‖, 0 for 0."""
     W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec
     optimizer.step()
     W_dec /= W_dec.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny)
@@ -697,8 +654,7 @@ def train(
     iterated, takes exactly `steps` batches (batch, d_in), and stops if the iteration does.
 
     l1         λ, one number, or one for each member of a stack (shape `stack`)
-    lr, betas  of Adam: the paper's for Gated SAEs of language models. Toy data of 64 dimensions
-               learned in 4000 steps at lr 1e-2 what 3e-4 had not reached; betas made no difference
+    lr, betas  of Adam: the paper's, for language models; toy data wants an lr of 1e-2
     lr_warmup, l1_warmup, lr_decay
                shares of the steps in which lr and λ rise linearly, and in which lr falls at the end
     resample_every
@@ -719,22 +675,23 @@ def train(
     def ramp(step: int, share: float) -> float:
         return min(1.0, step / max(1.0, share * steps))
 
-    @torch.enable_grad()  # also where the caller has switched gradients off
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, fused=True)
+
     def run() -> Iterator[Record]:  # apart, so that the checks above do not wait for an iteration
-        optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, fused=True)
         generator = torch.Generator(sae.W_dec.device).manual_seed(0)
         silent = torch.ones(*sae.stack, sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
         step = 0
         for step, x in enumerate(islice(stream(sae, batches), steps), start=1):
             lr_now = lr * min(ramp(step, lr_warmup), ramp(steps + 1 - step, lr_decay))
             l1_now = l1 * ramp(step, l1_warmup)
-            losses = sae.losses(x)
-            total = losses.total(l1_now)
+            with torch.enable_grad():  # also where the caller has switched gradients off
+                losses = sae.losses(x)
+                total = losses.total(l1_now)
             check_finite(total, x, step)
             if resample_every:
-                silent &= ~(sae.encode(x).detach() > 0).any(-2)
+                silent.masked_fill_((sae.encode(x) > 0).any(-2), False)
             optimizer.zero_grad()
-            total.sum().backward()
+            total.backward(torch.ones_like(total))
             optimizer.param_groups[0]["lr"] = lr_now
             if sae.unit_norm:
                 step_on_unit_norm(optimizer, sae.W_dec)
@@ -828,7 +785,7 @@ def activation_patching(fn: Callable, z: Tensor, z_patch: Tensor) -> Tensor:
     return torch.stack([fn(torch.where(i, z_patch, z)) for i in at], -1) - _values(fn, z)[..., None]
 
 
-# -- 12 · Files ------------------------------------------------------------------------------------
+# -- 12 · Files and conversions --------------------------------------------------------------------
 # The layout is SAELens's, a folder with two files, so that weights travel both ways.
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -963,8 +920,63 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         new.unlink(missing_ok=True)
 
 
+# Then, conversions.
+
+
+def to_jumprelu(sae: SAE) -> JumpReLUSAE:
+    """The JumpReLU SAE with its outputs (section 6); of a soft cutoff, with its limit for s → 0.
+
+    An untied or a sigmoid gate has none: ValueError.
+    """
+    if isinstance(sae, GatedSAE):
+        theta, b_enc, W_enc = sae.threshold, sae.b_mag, sae.W_enc * rows(sae.r_mag.exp())
+    else:
+        theta = getattr(sae, "threshold", 0 * sae.b_enc)  # a ReLU has none
+        b_enc, W_enc = sae.b_enc, sae.W_enc
+    return _converted(JumpReLUSAE, sae, dict(threshold=F.relu(theta), b_enc=b_enc, W_enc=W_enc))
+
+
+def to_gated(sae: SAE, **options) -> GatedSAE:
+    """The Gated SAE with the outputs of `to_jumprelu(sae)`: b_mag = b_enc, b_gate = b_enc - θ.
+
+    `options` are those of GatedSAE; `normalize` is kept unless given.
+    """
+    sae = to_jumprelu(sae)
+    values = dict(b_gate=sae.b_enc - sae.threshold, b_mag=sae.b_enc, W_mag=sae.W_enc)
+    return _converted(GatedSAE, sae, values, **options)
+
+
+def _converted(kind: type[SAE], sae: SAE, values: dict[str, Tensor], **options) -> SAE:
+    at = dict(stack=sae.stack, device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+    new = kind(sae.d_in, sae.d_sae, **at, **(dict(normalize=sae.normalize) | options))
+    values = sae.state_dict() | values
+    new.load_state_dict({name: values.get(name, v) for name, v in new.state_dict().items()})
+    return new
+
+
+@torch.no_grad()
+def fold_decoder_norms(sae: SAE) -> None:
+    """d_i ← d_i / n_i and f_i ← n_i f_i, for n_i = ‖d_i‖: x̂ and the squared errors stay.
+
+    Norms within 1e-3 of 1 are left alone. ValueError where f does not scale with x.
+    """
+    n = sae.W_dec.norm(dim=-1)
+    n = torch.where(n > 0, n, 1)
+    if ((n - 1).abs() <= 1e-3).all():
+        return
+    if isinstance(sae, SigmoidGatedSAE | SoftCutoffSAE):
+        span = n.min().item(), n.max().item()
+        raise ValueError(f"rows of W_dec have norms {span}, expected 1: f does not scale with x")
+    sae.W_dec /= n.unsqueeze(-1)
+    for name, parameter in sae.named_parameters():
+        if name in ("W_enc", "W_mag"):
+            parameter *= rows(n)
+        elif name in sae.latent_vectors:
+            parameter *= n
+
+
 # -- 13 · Upkeep -----------------------------------------------------------------------------------
-# What the sections above call and need not explain. First, dead latents and foreign decoders.
+# What the sections above call and need not explain. First, dead latents.
 
 
 @torch.no_grad()
@@ -1012,27 +1024,6 @@ def resample(
                 moment.copy_(torch.where(is_dead, fresh, moment))
 
 
-@torch.no_grad()
-def fold_decoder_norms(sae: SAE) -> None:
-    """d_i ← d_i / n_i and f_i ← n_i f_i, for n_i = ‖d_i‖: x̂ and the squared errors stay.
-
-    Norms within 1e-3 of 1 are left alone. ValueError where f does not scale with x.
-    """
-    n = sae.W_dec.norm(dim=-1)
-    n = torch.where(n > 0, n, 1)
-    if ((n - 1).abs() <= 1e-3).all():
-        return
-    if not sae.scales:
-        span = n.min().item(), n.max().item()
-        raise ValueError(f"rows of W_dec have norms {span}, expected 1: f does not scale with x")
-    sae.W_dec /= n.unsqueeze(-1)
-    for name, parameter in sae.named_parameters():
-        if name in ("W_enc", "W_mag"):
-            parameter *= rows(n)
-        elif name in sae.latent_vectors:
-            parameter *= n
-
-
 # Then, what is refused. Each error says what came and what was expected.
 
 
@@ -1043,7 +1034,7 @@ def check_positive(name: str, value: int) -> int:
     return operator.index(value)
 
 
-def check_config(sae: SAE, d_in: int, d_sae: int, stack, options: dict) -> dict:
+def check_config(sae: SAE, d_in: int, d_sae: int, stack, dtype, options: dict) -> dict:
     """All that `sae.config` will hold: sizes, and a value for each of `sae.options`."""
     config = dict(d_in=check_positive("d_in", d_in), d_sae=check_positive("d_sae", d_sae))
     stack = (stack,) if hasattr(stack, "__index__") else stack
@@ -1056,6 +1047,8 @@ def check_config(sae: SAE, d_in: int, d_sae: int, stack, options: dict) -> dict:
             raise ValueError(f"{name} is {value!r}, expected a positive number")
         if not number and not any(value == v and type(value) is type(v) for v in allowed):
             raise ValueError(f"{name} is {value!r}, expected one of {list(allowed)}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}, expected a floating-point dtype")
     if options:
         raise TypeError(f"{type(sae).__name__} got {options}, expected of {list(sae.options)}")
     if (pair := (config.get("aux"), config["penalty"])) in (
@@ -1079,21 +1072,27 @@ def check_rows(sae: SAE, x: Tensor, only_batches: bool = False) -> None:
         raise ValueError(f"x is {tuple(x.shape)}, expected (batch, {sae.d_in}){own}")
 
 
-def stream(sae: SAE, batches: Iterable[Tensor], finite: bool = False) -> Iterator[Tensor]:
-    """Each batch, checked, on the SAE's device and in its dtype. Errors number them from 0."""
+def stream(sae: SAE, batches: Iterable[Tensor], whole: bool = False) -> Iterator[Tensor]:
+    """Each batch, checked, on the SAE's device and in its dtype. Errors number them from 0.
+
+    `whole`: there is at least one, and all are finite.
+    """
     if isinstance(batches, Tensor):
         raise TypeError("batches is one tensor, expected an iterable of them: x.split(512), or [x]")
+    number = -1
     for number, x in enumerate(batches):
         if isinstance(x, Tensor) and x.is_floating_point():
             # Detached: the model that made x is not being trained.
             x = x.detach().to(sae.W_enc.device, sae.W_enc.dtype)
         try:
             check_rows(sae, x, only_batches=True)
-            if finite and not x.isfinite().all():
+            if whole and not x.isfinite().all():
                 raise ValueError(bad_rows(x))
         except (TypeError, ValueError) as error:
             raise type(error)(f"batch {number}: {error}") from None
         yield x
+    if whole and number < 0:
+        raise ValueError("batches is empty, expected at least one batch")
 
 
 def bad_rows(x: Tensor) -> str:
@@ -1106,8 +1105,10 @@ def check_schedule(sae, l1, steps, lr, shares, resample_every, log_every) -> Non
     check_positive("steps", steps), check_positive("log_every", log_every)
     if resample_every is not None:
         check_positive("resample_every", resample_every)
-    if not 0 < lr < math.inf:
+    if not (isinstance(lr, Real) and 0 < lr < math.inf):
         raise ValueError(f"lr is {lr}, expected a positive number")
+    if torch.is_inference_mode_enabled() or not any(p.requires_grad for p in sae.parameters()):
+        raise ValueError("got no gradients (inference mode, or all is frozen), expected some")
     if not all(0 <= share <= 1 for share in shares):
         names = "lr_warmup, l1_warmup, lr_decay"
         raise ValueError(f"{names} are {shares}, expected shares in [0, 1]")

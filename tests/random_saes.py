@@ -30,7 +30,7 @@ VARIANTS = {
     "soft cutoff": partial(SoftCutoffSAE, s=0.2),
     "jumprelu": partial(JumpReLUSAE, bandwidth=1.0),  # wide: or no random π is near its θ
 }
-SCALING = [name for name, make in VARIANTS.items() if make(1, 1).scales]
+SCALING = [name for name in VARIANTS if name not in ("gated sigmoid", "soft cutoff")]
 
 seeds = st.integers(0, 2**32 - 1)
 variants = st.sampled_from(list(VARIANTS))

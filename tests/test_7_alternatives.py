@@ -552,6 +552,18 @@ def test_there_and_back_again(size, seed, stack):
     assert_equal(back.threshold, jump.threshold.clamp_min(0), rtol=0, atol=1e-12)
 
 
+@given(st.sampled_from(JUMPING), sizes, seeds, stacks, st.booleans(), st.booleans())
+def test_to_gated_takes_options_and_keeps_the_outputs(variant, size, seed, stack, tied, normalize):
+    sae = random_sae(variant, size, seed, stack=stack)
+    gated = to_gated(sae, tied=tied, normalize=normalize, aux="unfrozen")
+    assert (gated.tied, gated.normalize, gated.aux) == (tied, normalize, "unfrozen")
+    x = random_batch(10, size[0], seed=seed)
+    at = clear(sae, x)
+    assert_equal(gated.encode(x)[at], sae.encode(x)[at])
+    with pytest.raises(TypeError, match="stack"):
+        to_gated(sae, stack=3)
+
+
 def test_a_converted_stack_is_its_converted_members():
     for variant, convert in (
         *((variant, to_jumprelu) for variant in [*JUMPING, "soft cutoff"]),

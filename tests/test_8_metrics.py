@@ -85,7 +85,7 @@ def test_gamma_from_three_logged_numbers(pair):
 def test_gamma_is_refused_where_it_is_undefined(x_hat):
     with pytest.raises(ValueError, match="undefined"):
         relative_reconstruction_bias(torch.eye(2), x_hat)
-    with pytest.warns(RuntimeWarning, match="γ = .* is undefined"):
+    with pytest.warns(RuntimeWarning, match=r"E‖x̂‖² / E\[x̂·x\] is undefined"):
         assert moments(torch.eye(2), x_hat).gamma.isnan()
 
 
@@ -169,7 +169,7 @@ def test_the_first_preprints_formula_agrees_only_at_gamma_one(pair, gamma):
 
 def test_the_first_preprints_formula_is_undefined_where_the_error_is_larger_than_x():
     m = moments(torch.tensor([[1.0]]), torch.tensor([[3.0]]))
-    with pytest.warns(RuntimeWarning, match="gamma_v1² = .* is undefined"):
+    with pytest.warns(RuntimeWarning, match=r"E‖x̂‖² / \(E‖x‖² - E‖x - x̂‖²\) is undefined"):
         assert not m.gamma_v1.isfinite()
 
 
@@ -209,7 +209,7 @@ def by_hand(sae, x):
     fires = (f > 0).double()
     return dict(
         l0=fires.sum(-1).mean(-1),
-        l1=f.abs().sum(-1).mean(-1),
+        l1_norm=f.abs().sum(-1).mean(-1),
         fvu=(x - x_hat).square().sum((-1, -2))
         / (x - x.mean(-2, keepdim=True)).square().sum((-1, -2)),
         gamma=m.gamma,
@@ -234,6 +234,8 @@ def test_a_stream_is_worth_its_rows_however_it_is_cut(variant, size, seed, stack
     x = 100 + random_batch(sum(lengths) + 1, size[0], seed=seed)  # a mean far from zero
     metrics = evaluate(sae, x.split([*lengths, 1]))
     assert metrics.n_rows == len(x)
+    scalars = [value for name, value in vars(metrics).items() if name != "n_rows"]
+    assert {value.shape for value in scalars} == {stack, (*stack, size[1])}
     expected = {name: value.detach() for name, value in by_hand(sae, x).items()}
     assert_equal({name: getattr(metrics, name) for name in expected}, expected)
 
@@ -278,7 +280,7 @@ def test_a_dead_sae_is_reported_not_hidden():
         warnings.simplefilter("always")
         measured = evaluate(sae, [x])
         gamma = measured.gamma
-    assert any("γ = E‖x̂‖² / E[x̂·x] is undefined" in str(w.message) for w in warned)
+    assert any("E‖x̂‖² / E[x̂·x] is undefined" in str(w.message) for w in warned)
     assert measured.dead_fraction[0] == 1
     assert measured.l0[0] == 0
     assert gamma[0].isnan()
@@ -286,7 +288,7 @@ def test_a_dead_sae_is_reported_not_hidden():
 
 
 def test_constant_data_has_no_variance_to_explain():
-    with pytest.warns(RuntimeWarning, match="fvu = .* is undefined"):
+    with pytest.warns(RuntimeWarning, match="E‖x - E x‖² is undefined"):
         assert evaluate(GatedSAE(3, 5), [torch.full((7, 3), 0.1)] * 3).fvu.isnan()
 
 
@@ -368,6 +370,6 @@ def test_sums_are_float64_also_for_float32_saes():
     sae = GatedSAE(3, 5)
     x = random_batch(1000, 3, seed=0).float()
     measured = evaluate(sae, x.split(7))
-    assert measured.l1.dtype == measured.fvu.dtype == torch.float64
+    assert measured.l1_norm.dtype == measured.fvu.dtype == torch.float64
     f = sae.encode(x).double()
-    assert measured.l1.item() == pytest.approx(f.sum(-1).mean().item(), rel=1e-12)
+    assert measured.l1_norm.item() == pytest.approx(f.sum(-1).mean().item(), rel=1e-12)

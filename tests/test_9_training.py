@@ -486,9 +486,37 @@ def test_frozen_parameters_stay(frozen):
     assert_equal(getattr(sae, frozen).detach(), before, rtol=0, atol=1e-6)
 
 
+def test_without_gradients_there_is_no_training():
+    with torch.inference_mode(), pytest.raises(ValueError, match="no gradients"):
+        train(GatedSAE(8, 16), [], l1=0.1, steps=5, device="cpu")
+    with pytest.raises(ValueError, match="no gradients"):
+        train(GatedSAE(8, 16).requires_grad_(False), [], l1=0.1, steps=5, device="cpu")
+
+
+def test_the_callers_batches_are_made_with_the_callers_gradients():
+    """A model that is read under no_grad must not build its graph at every step."""
+    model = torch.nn.Linear(8, 8)
+    tracked = []
+
+    def batches():
+        for x in DATA.batches(32, seed=0):
+            y = model(x)
+            tracked.append(y.requires_grad)
+            yield y
+
+    with torch.no_grad():
+        list(train(GatedSAE(8, 16), batches(), l1=0.1, steps=3, device="cpu"))
+    assert tracked == [False] * 3
+
+
 def test_half_precision_is_refused_with_advice():
     with pytest.raises(TypeError, match=r"bfloat16, expected float32: train, then convert"):
         train(GatedSAE(8, 16, dtype=torch.bfloat16), [], l1=0.1, steps=5, device="cpu")
+
+
+def test_betas_are_refused_at_once():
+    with pytest.raises(ValueError, match="beta"):
+        train(GatedSAE(8, 16), [], l1=0.1, steps=5, betas=(1.5, 0.9), device="cpu")
 
 
 # -- Bad input -------------------------------------------------------------------------------------
