@@ -32,6 +32,7 @@ module, which run as one.
 Map.  The ideas: 2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient vanishes ·
 5 the auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training. No idea uses a
 later one: stop after any section and own what came before. The engineering: 10 downstream ·
+11 the fast exact path ·
 12 files and conversions · 13 upkeep.
 
 Departures from the paper: W_enc starts as a copy of W_dec transposed, and λ warms up (both became
@@ -39,6 +40,7 @@ practice later); dead latents are resampled on request only; the untied variant 
 W_mag has scales of its own; the learning rate warms up and falls over shares of the run.
 """
 
+import itertools
 import json
 import math
 import operator
@@ -47,7 +49,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property, partial
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -146,8 +148,9 @@ class SAE(nn.Module, ABC):
             W_dec.copy_(F.normalize(torch.randn(W_dec.shape, **at), dim=-1))
         self.W_dec = nn.Parameter(W_dec)
         # The encoder starts out looking along the directions it decodes to (discussion). A copy: a
-        # transposed view would share memory, and the two would stay tied for ever.
-        self.W_enc = nn.Parameter(W_dec.mT.clone(memory_format=torch.contiguous_format))
+        # view would share memory, and the two would stay tied for ever. (Transposed as it is, it
+        # lies in memory latent by latent, as section 11 reads it.)
+        self.W_enc = nn.Parameter(W_dec.clone().mT)
         self.b_dec = nn.Parameter(W_dec.new_zeros(*self.stack, d_in))
         for name, start in self.latent_vectors.items():
             setattr(self, name, nn.Parameter(W_dec.new_full((*self.stack, d_sae), start)))
@@ -188,12 +191,14 @@ class SAE(nn.Module, ABC):
     def losses(self, x: Tensor) -> Losses:
         """The terms of this variant's loss on (batch, d_in) or (*stack, batch, d_in)."""
         check_rows(self, x, only_batches=True)
-        terms = self.loss_terms(x)
-        if self.normalize:
-            x_sq = x.square().sum(-1).mean(-1)
-            x_sq = torch.where(x_sq > 0, x_sq, 1)  # an all-zero batch has no scale to divide by
-            terms = terms._replace(reconstruct=terms.reconstruct / x_sq, aux=terms.aux / x_sq)
-        return terms
+        return self.normalized(self.loss_terms(x), x)
+
+    def normalized(self, terms: Losses, x: Tensor) -> Losses:
+        if not self.normalize:
+            return terms
+        x_sq = x.square().sum(-1).mean(-1)
+        x_sq = torch.where(x_sq > 0, x_sq, 1)  # an all-zero batch has no scale to divide by
+        return terms._replace(reconstruct=terms.reconstruct / x_sq, aux=terms.aux / x_sq)
 
     @property
     def unit_norm(self) -> bool:
@@ -578,25 +583,26 @@ class Metrics(Moments):
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
+def evaluate(sae: SAE, batches: Iterable[Tensor], sparse: bool | None = None) -> Metrics:
     """Metrics over any number of batches, of any sizes, in constant memory.
 
     Ratios of means over the whole stream: how it was cut into batches changes nothing but rounding.
     Sums are float64 (MPS: float32). A NaN or infinity raises ValueError, with the batch's number.
+    `sparse`: see `train`.
     """
-    n_rows, origin, sums = 0, None, {}
+    n_rows, origin, sums, density = 0, None, {}, 1.0
     for x in stream(sae, batches, whole=True):
-        f = sae.encode(x)
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
-        x, x_hat, n = x.to(wide), sae.decode(f).to(wide), x.shape[-2]
+        x_hat, f_sum, fires = reconstruct(sae, x, is_sparse(sae, x, density, sparse))
+        x, n = x.to(x_hat.dtype), x.shape[-2]
+        density = fires.mean().item() / n
         # Centred near the data: far from the origin, E‖x‖² - ‖E x‖² would cancel to nothing.
         origin = x[..., :1, :] if origin is None else origin
         means = vars(moments(x, x_hat)) | dict(
             error=squared_error(x, x_hat),
             offset=(x - origin).mean(-2),
             variance=squared_error(x, origin),
-            l1_norm=f.sum(-1, dtype=wide).mean(-1),
-            firing_frequency=(f > 0).sum(-2, dtype=wide) / n,
+            l1_norm=f_sum.sum(-1) / n,
+            firing_frequency=fires / n,
         )
         sums = {name: sums.get(name, 0) + n * mean for name, mean in means.items()}
         n_rows += n
@@ -618,7 +624,11 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
 @torch.no_grad()
 def step_on_unit_norm(optimizer: torch.optim.Optimizer, W_dec: Tensor) -> None:
     """grad d_i ← grad d_i - (grad d_i · d_i) d_i; a step; d_i ← d_i / ‖d_i‖, 0 for 0."""
-    W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec
+    grads, units = (
+        v.flatten(0, -2).split(256) for v in (W_dec.grad, W_dec)
+    )  # small: they stay in cache
+    for grad, d in zip(grads, units, strict=True):
+        grad.addcmul_((grad * d).sum(-1, keepdim=True), d, value=-1)
     optimizer.step()
     W_dec /= W_dec.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny)
 
@@ -646,6 +656,8 @@ def train(
     lr_decay: float = 0.2,
     resample_every: int | None = None,
     log_every: int = 100,
+    sparse: bool | None = None,
+    autocast: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Iterator[Record]:
     """Train in place with Adam; yields a Record at step 1, every `log_every` steps, and the last.
@@ -659,6 +671,9 @@ def train(
                shares of the steps in which lr and λ rise linearly, and in which lr falls at the end
     resample_every
                after every so many steps but the last, `resample` what has not fired in them
+    sparse     whether to take the path of section 11. None: wherever it is faster. It changes no
+               result beyond rounding
+    autocast   say torch.bfloat16: products in it. Parameters, sums and losses stay float32
     device     None: the accelerator if there is one, else the CPU; the SAE and each batch go there
 
     A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. NaN or infinity in a batch
@@ -680,14 +695,22 @@ def train(
     def run() -> Iterator[Record]:  # apart, so that the checks above do not wait for an iteration
         generator = torch.Generator(sae.W_dec.device).manual_seed(0)
         silent = torch.ones(*sae.stack, sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
-        step = 0
-        for step, x in enumerate(islice(stream(sae, batches), steps), start=1):
+        step, density, broken = 0, 1.0, torch.zeros((), dtype=torch.bool, device=sae.W_dec.device)
+        for step, x in enumerate(itertools.islice(stream(sae, batches), steps), 1):
             lr_now = lr * min(ramp(step, lr_warmup), ramp(steps + 1 - step, lr_decay))
             l1_now = l1 * ramp(step, l1_warmup)
-            with torch.enable_grad():  # also where the caller has switched gradients off
-                losses = sae.losses(x)
+            # On a GPU the loop runs ahead of the device: to ask for a value is to wait for it.
+            logs = step in (1, steps) or step % log_every == 0
+            waits = logs or x.device.type == "cpu"
+            amp = torch.autocast(x.device.type, autocast, enabled=autocast is not None)
+            with amp, torch.enable_grad():  # gradients also where the caller has switched them off
+                look = waits and step % 20 == 0
+                losses, density = losses_and_density(sae, x, density, sparse, look)
                 total = losses.total(l1_now)
-            check_finite(total, x, step)
+            broken = broken | ~total.isfinite().all()
+            if waits:
+                check_finite(broken, total, x, step)
+            optimizer.found_inf = broken.float()  # if 1, fused Adam takes no step
             if resample_every:
                 silent.masked_fill_((sae.encode(x) > 0).any(-2), False)
             optimizer.zero_grad()
@@ -700,7 +723,7 @@ def train(
             if resample_every and step % resample_every == 0 and step < steps:
                 resample(sae, silent, x, generator, optimizer)
                 silent.fill_(True)
-            if step in (1, steps) or step % log_every == 0:
+            if logs:
                 terms = Losses(*(term.detach() for term in losses))
                 yield Record(step, lr_now, l1_now, terms, evaluate(sae, [x]))
         if step < steps:
@@ -783,6 +806,207 @@ def activation_patching(fn: Callable, z: Tensor, z_patch: Tensor) -> Tensor:
     """fn(z with z_patch in coordinate i) - fn(z) for each i, (..., d): the effect; d + 1 calls."""
     at = torch.eye(z.shape[-1], dtype=torch.bool, device=z.device)
     return torch.stack([fn(torch.where(i, z_patch, z)) for i in at], -1) - _values(fn, z)[..., None]
+
+
+# -- 11 · The fast exact path (skip on first reading) ----------------------------------------------
+# Once trained, a row opens a few gates in a thousand, and outside that support, {π_gate > 0}, every
+# term of the loss and every gradient is exactly zero. For s with a number at each entry (row,
+# latent) of the support, and S the sparse matrix of them, all that is left are three products,
+#
+#     S C   (batch, d_in)        Sᵀ A   (d_sae, d_in)        A Cᵀ at the support   (nnz,)
+#
+# and the gradient of each is made of the other two: x̂ is of the first kind, z of the third. Only to
+# find the support takes a dense product, which may be rough, and is not kept. Nothing is
+# approximated, but sums round otherwise. A stack is one block-diagonal S.
+
+BLOCK = 2**21  # entries of the dense product that exist at once
+bag = partial(F.embedding_bag, mode="sum", include_last_offset=True)
+
+
+class Support:
+    """Some entries (row, latent) of a (*stack, batch, d_sae) tensor, and products with them.
+
+    Sorted by latent, then by row; both are numbered through the stack. A is (*stack, batch, d_in),
+    C (*stack, d_sae, d_in), s (nnz,). No method but `at` and `per_latent` has a gradient: see
+    `Known`.
+    """
+
+    def __init__(self, latent: Tensor, row: Tensor, x_shape: torch.Size, b_shape: torch.Size):
+        self.latent, self.row, self.x_shape, self.b_shape = latent, row, x_shape, b_shape
+        self.latents = self._starts(latent, b_shape.numel())
+
+    @staticmethod
+    def _starts(index: Tensor, n: int) -> Tensor:
+        return torch.searchsorted(index, torch.arange(n + 1, device=index.device))
+
+    @cached_property
+    def by_row(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The order by row, the latents in it, and where each row starts."""
+        order = self.row.int().sort(stable=True).indices
+        return order, self.latent[order], self._starts(self.row[order], self.x_shape[:-1].numel())
+
+    @torch.no_grad()
+    def over_latents(self, s: Tensor, C: Tensor) -> Tensor:
+        """S C: (*stack, batch, d_in)."""
+        order, latent, rows = self.by_row
+        return bag(latent, C.flatten(0, -2), rows, per_sample_weights=s[order]).view(self.x_shape)
+
+    @torch.no_grad()
+    def over_rows(self, s: Tensor, A: Tensor) -> Tensor:
+        """Sᵀ A: (*stack, d_sae, d_in)."""
+        out = bag(self.row, A.flatten(0, -2), self.latents, per_sample_weights=s)
+        return out.view(*self.b_shape, -1)
+
+    @torch.no_grad()
+    def products(self, A: Tensor, C: Tensor) -> Tensor:
+        """A Cᵀ at the support: (nnz,)."""
+        A, C = A.flatten(0, -2), C.flatten(0, -2)
+        index = self.latents, self.row, A.new_zeros(len(self.row)), (len(C), len(A))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            S = torch.sparse_csr_tensor(*index, check_invariants=False)
+        return torch.sparse.sampled_addmm(S, C, A.mT, beta=0).values()
+
+    def per_latent(self, s: Tensor) -> Tensor:
+        """Sums over rows: (*stack, d_sae)."""
+        return s.new_zeros(self.b_shape).view(-1).index_add(0, self.latent, s).view(self.b_shape)
+
+    def at(self, v: Tensor) -> Tensor:
+        """v of each entry's latent: (*stack, d_sae) -> (nnz,)."""
+        return v.flatten().index_select(0, self.latent)
+
+
+class Known(torch.autograd.Function):
+    """A value with known gradients: `gradients(grad)` is one for each of `inputs`."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, gradients: Callable, *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, None, *ctx.gradients(grad)
+
+
+@torch.no_grad()
+def find_support(x: Tensor, W_enc: Tensor, b: Tensor) -> tuple[Support, Tensor]:
+    """Where x W_enc + b > 0, and x W_enc there, (nnz,)."""
+    C, can = W_enc.mT, getattr(torch.cpu, "get_capabilities", dict)()
+    # Many times as fast, where the hardware has it. (CUDA may sum in bfloat16, too: no bound.)
+    fast = x.device.type == "cpu" and can.get("amx_bf16") and x.shape[-1] >= 256
+    for dtype in dict.fromkeys((torch.bfloat16 if fast else x.dtype, x.dtype)):
+        rough = candidates(x, C, b, dtype)
+        if len(rough.row) < x.shape[:-1].numel() * b.shape[-1] / 32:
+            break  # few enough to look at each
+    z = rough.products(x, C)
+    keep = (~(z <= -rough.at(b))).nonzero().view(-1)  # a NaN is kept, and the loss will show it
+    return Support(rough.latent[keep], rough.row[keep], x.shape, b.shape), z[keep]
+
+
+def candidates(x: Tensor, C: Tensor, b: Tensor, dtype: torch.dtype) -> Support:
+    """Where x Cᵀ + b > 0, and at some entries more, from a product in `dtype`.
+
+    Rounding moves an entry by at most eps ‖x‖ ‖c‖ (Cauchy-Schwarz), for c the latent's row of C. So
+    none is missed where [x, ‖x‖, 1] · [c, eps ‖c‖, b + eps |b|] > 0 is asked instead.
+    """
+    (batch, d_in), d_sae = x.shape[-2:], b.shape[-1]
+    eps = 1.05 * torch.finfo(dtype).eps  # of x and c; and of the sum, in float32 or better:
+    eps += d_in * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    A = torch.cat([x, x.norm(dim=-1, keepdim=True), torch.ones_like(x[..., :1])], -1).to(dtype)
+    A, C, b = A.view(-1, batch, d_in + 2), C.reshape(-1, d_sae, d_in), b.view(-1, d_sae, 1)
+    some, found = max(1, min(d_sae, BLOCK // batch)), []
+    buffer = A.new_empty(some, batch)  # one for all: fresh memory costs as much as the product
+    for member, first in itertools.product(range(len(A)), range(0, d_sae, some)):
+        c, b_c = (v[member, first : first + some] for v in (C, b))
+        c = torch.cat([c, eps * c.norm(dim=-1, keepdim=True), b_c + eps * b_c.abs()], -1).to(dtype)
+        pi = torch.mm(c, A[member].mT, out=buffer[: len(c)])
+        found.append(positions(~(pi <= 0)).add_((member * d_sae + first) * batch))
+    at = torch.cat(found)
+    latent = at // batch
+    return Support(latent, at % batch + latent // d_sae * batch, x.shape, b.shape[:-1])
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Where a flattened mask is true. `nonzero` takes time for each false: look at 8 at once."""
+    if mask.numel() % 8:
+        return mask.view(-1).nonzero().view(-1)
+    words = mask.view(-1).view(torch.int64).nonzero().view(-1)
+    word, byte = mask.view(-1, 8)[words].nonzero(as_tuple=True)
+    return words[word].mul_(8).add_(byte)
+
+
+def sparse_paths(sae: SAE, x: Tensor) -> tuple[Support, Tensor, Tensor]:
+    """The support of a Standard or a tied Gated SAE, and there ReLU(π_gate) and f, (nnz,) both."""
+    gated, centred = isinstance(sae, GatedSAE), (x - rows(sae.b_dec)).detach()
+    b = sae.b_gate if gated else sae.b_enc
+    support, z = find_support(centred, sae.W_enc, b)
+
+    def gradients(grad: Tensor) -> tuple[Tensor, Tensor]:  # of b_dec and W_enc
+        b_grad = sae.W_enc.detach() @ support.per_latent(grad).unsqueeze(-1)
+        return -b_grad.squeeze(-1), support.over_rows(grad, centred).mT
+
+    z = Known.apply(z, gradients, sae.b_dec, sae.W_enc)
+    f_gate = F.relu(z + support.at(b))
+    f = F.relu(support.at(sae.r_mag.exp()) * z + support.at(sae.b_mag)) if gated else f_gate
+    return support, f_gate, f
+
+
+def sparse_losses(sae: SAE, x: Tensor) -> tuple[Losses, float]:
+    """`sae.losses(x)`, and the size of the support as a share of all entries."""
+    check_rows(sae, x, only_batches=True)
+    support, f_gate, f = sparse_paths(sae, x)
+
+    def error(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+        def gradients(grad: Tensor) -> tuple[Tensor, Tensor | None]:  # of f and W_dec
+            W_grad = support.over_rows(f, grad) if W_dec.requires_grad else None
+            return support.products(grad, W_dec), W_grad
+
+        x_hat = Known.apply(support.over_latents(f, W_dec), gradients, f, W_dec)
+        return squared_error(x, x_hat + rows(b_dec))
+
+    reconstruct = error(f, sae.W_dec, sae.b_dec)
+    aux, task = torch.zeros_like(reconstruct), getattr(sae, "aux", None)
+    if task:
+        aux = error(
+            f_gate, *(v.detach() if task == "frozen" else v for v in (sae.W_dec, sae.b_dec))
+        )
+    # The penalty sees each entry as an SAE of one latent, whose d_i has one coordinate, its norm.
+    one, by_norm = f_gate.view(-1, 1, 1), sae.penalty.startswith("norm")
+    norm = support.at(sae.W_dec.norm(dim=-1)).view(-1, 1, 1) if by_norm else one
+    sparsity = support.per_latent(sae.penalise(one, norm).view(-1)).sum(-1) / x.shape[-2]
+    density = len(f) / (x.shape[-2] * support.b_shape.numel())
+    return sae.normalized(Losses(reconstruct, sparsity, aux), x), density
+
+
+def is_sparse(sae: SAE, x: Tensor, density: float, asked: bool | None) -> bool:
+    """Whether to take this path: as asked, or where it was measured to be faster."""
+    able = type(sae) in (StandardSAE, GatedSAE, NaturalGatedSAE) and getattr(sae, "tied", True)
+    if asked and not able:
+        raise ValueError(f"sparse is True for {sae}, expected a Standard or a tied Gated SAE")
+    many = x.shape[-2] * sae.b_dec[..., 0].numel() * sae.d_sae > 2**17
+    return able and many and density < 1 / 16 if asked is None else asked
+
+
+def losses_and_density(sae: SAE, x: Tensor, density: float, asked: bool | None, look: bool):
+    """`sae.losses(x)` by either path, and the density when it was last seen: if `look`, now."""
+    if is_sparse(sae, x, density, asked):
+        return sparse_losses(sae, x)
+    if look and asked is None:
+        density = (sae.encode(x[..., :32, :]).detach() > 0).float().mean().item()
+    return sae.losses(x), density
+
+
+def reconstruct(sae: SAE, x: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x̂, and of each latent over the rows Σ f and how often it fires; float64 (MPS: float32)."""
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    if sparse:
+        support, _, f = sparse_paths(sae, x)
+        x_hat, total = support.over_latents(f, sae.W_dec) + rows(sae.b_dec), support.per_latent
+    else:
+        f = sae.encode(x)
+        x_hat, total = sae.decode(f), lambda s: s.sum(-2)
+    return x_hat.to(wide), total(f.to(wide)), total((f > 0).to(wide))
 
 
 # -- 12 · Files and conversions --------------------------------------------------------------------
@@ -904,6 +1128,8 @@ def _fill(sae: SAE, tensors: Mapping[str, Tensor], source) -> SAE:
     found = {name: (*t.shape, t.dtype) for name, t in tensors.items()}
     if found != expected:
         raise ValueError(f"{source}: the weights are {found}, expected {expected}")
+    for name in sae.state_dict().keys() & {"W_enc", "W_mag"}:  # in memory as they start
+        tensors = {**tensors, name: tensors[name].mT.contiguous().mT}
     sae.load_state_dict(tensors, assign=True)
     return sae
 
@@ -1083,7 +1309,7 @@ def stream(sae: SAE, batches: Iterable[Tensor], whole: bool = False) -> Iterator
     for number, x in enumerate(batches):
         if isinstance(x, Tensor) and x.is_floating_point():
             # Detached: the model that made x is not being trained.
-            x = x.detach().to(sae.W_enc.device, sae.W_enc.dtype)
+            x = x.detach().to(sae.W_enc.device, sae.W_enc.dtype, non_blocking=True)
         try:
             check_rows(sae, x, only_batches=True)
             if whole and not x.isfinite().all():
@@ -1120,8 +1346,10 @@ def check_schedule(sae, l1, steps, lr, shares, resample_every, log_every) -> Non
         raise ValueError(f"l1 is {l1.tolist()}, expected {wanted}")
 
 
-def check_finite(total: Tensor, x: Tensor, step: int) -> None:
+def check_finite(broken: Tensor, total: Tensor, x: Tensor, step: int) -> None:
     """A loss that is no number would make every parameter none."""
-    if not total.isfinite().all():
+    if broken:
         cause = f"the loss is {total.tolist()}" if x.isfinite().all() else bad_rows(x)
+        if total.isfinite().all():  # on a GPU, where not every step is looked at
+            cause = "an earlier loss, since the last record, was not finite"
         raise ValueError(f"step {step}: {cause}; the SAE is as it was before this step")

@@ -1,0 +1,240 @@
+"""How fast, and how large? `python tests/bench.py [--quick]`; peers are included where installed.
+
+Ratios only: each row's competitors take turns within one process. A time is a full training step
+without sampling: loss, backward, and whatever the trainer's own optimiser step consists of (ours:
+radial projection, fused Adam, renormalisation; SAELens: firing statistics, clipping, Adam;
+dictionary-learning: projection, Adam, renormalisation). Biases give every competitor the same L0,
+and learning rates near zero keep it. Memory is a fresh process's peak resident set over what was
+resident before the model was built, after three steps.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from gated_sae import GatedSAE, sparse_losses, step_on_unit_norm, train
+from toy_data import SuperpositionData
+
+SIZES = ((512, 64, 256, 6), (1024, 128, 1024, 16), (2048, 512, 4096, 32), (2048, 512, 16384, 64))
+LR, L1 = 1e-9, 0.1
+
+
+def problem(batch, d_in, d_sae, l0):
+    """Rows, a dictionary, and the bias at which l0 latents fire on a row."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, d_in, generator=generator)
+    W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
+    z = (x[:256] @ W_dec.T).flatten()
+    return x, W_dec, -z.kthvalue(int(len(z) * (1 - l0 / d_sae))).values.item()
+
+
+def ours(losses):
+    """Our training step, with `losses` a function of an SAE and x."""
+
+    def build(x, W_dec, bias):
+        sae = GatedSAE(x.shape[1], len(W_dec))
+        with torch.no_grad():
+            sae.W_dec.copy_(W_dec)
+            sae.W_enc.copy_(W_dec.T)
+            sae.b_gate.fill_(bias)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=LR, betas=(0.0, 0.999), fused=True)
+
+        def step(x):
+            optimizer.zero_grad()
+            losses(sae, x).total(L1).backward()
+            step_on_unit_norm(optimizer, sae.W_dec)
+
+        return step
+
+    return build
+
+
+def product(x, W_dec, bias):
+    W_enc = W_dec.T.contiguous()
+    return lambda x: x @ W_enc
+
+
+def saelens_model(d_in, d_sae):
+    from sae_lens import GatedTrainingSAE, GatedTrainingSAEConfig
+
+    return GatedTrainingSAE(GatedTrainingSAEConfig(d_in=d_in, d_sae=d_sae, l1_coefficient=L1))
+
+
+def saelens(x, W_dec, bias):
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    sae = saelens_model(x.shape[1], len(W_dec))
+    with torch.no_grad():
+        sae.W_dec.copy_(W_dec)
+        sae.W_enc.copy_(W_dec.T)
+        sae.b_gate.fill_(bias)
+    config = SAETrainerConfig(
+        total_training_samples=10**9, train_batch_size_samples=len(x), lr=LR, lr_end=LR
+    )
+    return SAETrainer(config, sae, iter(())).step
+
+
+def dictionary_learning(x, W_dec, bias):
+    from dictionary_learning.trainers.gdm import GatedSAETrainer
+
+    d_sae, d_in = W_dec.shape
+    peer = GatedSAETrainer(10**6, d_in, d_sae, layer=0, lm_name="", lr=LR, device="cpu")
+    with torch.no_grad():
+        peer.ae.decoder.weight.copy_(W_dec.T)
+        peer.ae.encoder.weight.copy_(W_dec)
+        peer.ae.gate_bias.fill_(bias)
+    return lambda x: peer.update(0, x)
+
+
+RUNS = {
+    "sparse": ours(lambda sae, x: sparse_losses(sae, x)[0]),
+    "dense": ours(lambda sae, x: sae.losses(x)),
+    "product": product,
+    "SAELens": saelens,
+    "dictionary-learning": dictionary_learning,
+}
+
+
+def runs_here(name):
+    """Whether a competitor is installed and works: torch.compile, say, needs a C++ compiler."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            x, W_dec, bias = problem(8, 4, 8, 2)
+            RUNS[name](x, W_dec, bias)(x)
+    except Exception as error:  # whatever it is, the others can be compared
+        print(f"without {name}: {type(error).__name__}")
+        return False
+    return True
+
+
+def interleaved(runs, x, seconds):
+    """Times of each of several steps on x, which take turns: {name: [seconds, ...]}."""
+    for run in runs.values():
+        run(x), run(x)
+    times, end = {name: [] for name in runs}, time.perf_counter() + seconds
+    while time.perf_counter() < end or any(len(t) < 3 for t in times.values()):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(x)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times, name, base):
+    """As "median (of minima)": how many times as long `name` takes as `base`."""
+    a, b = times[name], times[base]
+    return f"{median(a) / median(b):8.2f} ({min(a) / min(b):.2f})"
+
+
+def apart(*arguments):
+    """What this file prints, run with some arguments in a fresh process."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.splitlines()[-1] if done.returncode == 0 else f"failed: {done.stderr[-300:]}"
+
+
+def print_peak_memory(name, size):
+    x, W_dec, bias = problem(*size)
+    runs_here(name)  # imports it
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    run = RUNS[name](x, W_dec, bias)
+    for _ in range(3):
+        run(x)
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) * 1024 - before)
+
+
+def print_compiled(size):
+    """In a process of its own: peers may import what torch.compile cannot bear."""
+    x, W_dec, bias = problem(*size)
+    compiled = ours(torch.compile(lambda sae, x: sae.losses(x)))(x, W_dec, bias)
+    runs = {"compiled": compiled, "dense": RUNS["dense"](x, W_dec, bias)}
+    print(ratio(interleaved(runs, x, 3), "compiled", "dense"))
+
+
+def import_time(*modules):
+    code = f"import time, torch; t = time.perf_counter(); import {', '.join(modules)}"
+    code += "; print(time.perf_counter() - t)"
+    here = Path(__file__).resolve().parent.parent
+    out = [subprocess.check_output([sys.executable, "-c", code], cwd=here) for _ in range(5)]
+    return median(float(o) for o in out)
+
+
+def sweep(steps):
+    """Twelve λ from initialisation, with sampling: ours as one stack, SAELens's in turn."""
+    from sae_lens.synthetic import ActivationGenerator, FeatureDictionary, train_toy_sae
+
+    start = time.perf_counter()
+    data, sae = SuperpositionData(64, 256, firing=5 / 256), GatedSAE(64, 256, stack=12)
+    l1, options = torch.logspace(-1, 0.5, 12), dict(lr=1e-2, log_every=steps, device="cpu")
+    list(train(sae, data.batches(512, seed=0), l1=l1, steps=steps, **options))
+    mine = time.perf_counter() - start
+    features = FeatureDictionary(256, 64, initializer=None)
+    firing = ActivationGenerator(256, 5 / 256)
+    start = time.perf_counter()
+    for _ in range(12):
+        with contextlib.redirect_stderr(io.StringIO()):
+            peer = saelens_model(64, 256)
+            train_toy_sae(peer, features, firing, training_samples=512 * steps, batch_size=512)
+    return (time.perf_counter() - start) / mine
+
+
+def main(quick):
+    seconds = 2 if quick else 8
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    names = [name for name in RUNS if runs_here(name)]
+    print("\ntime of a step; in parentheses, of the shortest steps")
+    for size in SIZES[: 3 if quick else 4]:
+        x, W_dec, bias = problem(*size)
+        times = interleaved({name: RUNS[name](x, W_dec, bias) for name in names}, x, seconds)
+        memory = {name: int(apart("--memory", name, *size)) for name in names if name != "product"}
+        print("\nbatch {}, d_in {}, d_sae {}, L0 {}".format(*size))
+        for base in ("sparse", "dense"):
+            for name in names:
+                if name != base:
+                    print(f"    {name + ' / ' + base:32}{ratio(times, name, base)}")
+        print(f"    {'dense, torch.compile / dense':32}{apart('--compiled', *size)}")
+        for name in memory:
+            share = memory["sparse"] / memory[name]
+            print(f"    {'peak memory, sparse / ' + name:32}{share:8.2f}")
+    print("\nd_sae at batch 1024, d_in 256, L0 32: time of a sparse step, in that of the first")
+    x, runs = problem(1024, 256, 1024, 32)[0], {}
+    for d_sae in (1024, 2048, 4096) if quick else (1024, 2048, 4096, 8192, 16384):
+        runs[d_sae] = RUNS["sparse"](*problem(1024, 256, d_sae, 32))
+    times = interleaved(runs, x, seconds)
+    for d_sae in runs:
+        print(f"    {d_sae:6}{ratio(times, d_sae, 1024)}")
+    print(f"\nimport of gated_sae beyond torch's: {import_time('gated_sae'):.3f} s")
+    if "SAELens" in names:
+        steps = 100 if quick else 400
+        size = f"12 λ, d_in 64, d_sae 256, batch 512, {steps} steps"
+        print(f"{size}: SAELens / ours {sweep(steps):.2f}")
+
+
+if __name__ == "__main__":
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--compiled", nargs=4, type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.compiled:
+        print_compiled(args.compiled)
+    elif args.memory:
+        print_peak_memory(args.memory[0], tuple(map(int, args.memory[1:])))
+    else:
+        main(args.quick)
