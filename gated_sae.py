@@ -233,7 +233,7 @@ def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
 
     The step is flat wherever it is not vertical, so no gradient of f̃ tells the gate when to open.
     """
-    return (pi_gate > 0) * F.relu(pi_mag)
+    return torch.where(pi_gate > 0, F.relu(pi_mag), 0)
 
 
 # -- 4 · Why the gradient vanishes -----------------------------------------------------------------

@@ -179,7 +179,7 @@ def sweep(steps):
 
     start = time.perf_counter()
     data, sae = SuperpositionData(64, 256, firing=5 / 256), GatedSAE(64, 256, stack=12)
-    l1, options = torch.logspace(-1, 0.5, 12), dict(lr=1e-2, log_every=steps, device="cpu")
+    l1, options = torch.logspace(-0.4, 0.45, 12), dict(lr=1e-2, log_every=steps, device="cpu")
     list(train(sae, data.batches(512, seed=0), l1=l1, steps=steps, **options))
     mine = time.perf_counter() - start
     features = FeatureDictionary(256, 64, initializer=None)
