@@ -95,7 +95,8 @@ def sweep(steps, seed=0, n_l1=10, batch=512, progress=lambda variant, steps: Non
     All see the same data in the same order, and are measured on the same 20 000 fresh rows.
     `progress` is told, now and then, how many steps of which kind were done since it was last told.
     """
-    data = SuperpositionData(D_IN, N_FEATURES, firing=ACTIVE / N_FEATURES, seed=seed)
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    data = SuperpositionData(D_IN, N_FEATURES, firing=ACTIVE / N_FEATURES, seed=seed, device=device)
     held_out = list(itertools.islice(data.batches(1000, seed=seed + 10_000), 20))
     table = []
     for name, (kind, d_sae, (least, most)) in COMPARED.items():

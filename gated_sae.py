@@ -31,9 +31,8 @@ module, which run as one.
 
 Map.  The ideas: 2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient vanishes ·
 5 the auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training. No idea uses a
-later one: stop after any section and own what came before. The engineering: 10 downstream ·
-11 the fast exact path ·
-12 files and conversions · 13 upkeep.
+later one: stop after any section and own what came before. The engineering: 10 on a
+real model · 11 the fast exact path · 12 files and conversions · 13 upkeep.
 
 Departures from the paper: W_enc starts as a copy of W_dec transposed, and λ warms up (both became
 practice later); dead latents are resampled on request only; the untied variant has no r_mag, since
@@ -48,6 +47,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from numbers import Real
@@ -732,7 +732,96 @@ def train(
     return run()
 
 
-# -- 10 · Downstream -------------------------------------------------------------------------------
+# -- 10 · On a real model --------------------------------------------------------------------------
+# Activations come from a hook on any module; x̂ goes back in by another.
+
+
+def harvest(model: nn.Module, module: nn.Module, inputs: Iterable) -> Iterator[Tensor]:
+    """What `module` puts out as the model reads each of `inputs`: (tokens, d), detached.
+
+    An input is a tensor, a tuple of arguments, or a dict of keyword arguments, as tokenizers give;
+    where its "attention_mask" is 0 there is padding, which is left out. Dtype and device stay. The
+    model runs no further than the module's first call. ValueError if it never calls it.
+    """
+
+    class Enough(Exception):
+        pass
+
+    def take(_, args, output):
+        raise Enough(hidden(module, output))
+
+    for number, given in enumerate(inputs):
+        args = given if isinstance(given, tuple) else (given,)
+        kwargs, args = (given, ()) if isinstance(given, Mapping) else ({}, args)
+        handle = module.register_forward_hook(take)
+        try:
+            with torch.no_grad():
+                model(*args, **kwargs)
+        except Enough as stop:
+            (x,) = stop.args
+        else:
+            raise ValueError(f"input {number}: the model never called {type(module).__name__}")
+        finally:
+            handle.remove()
+        mask = kwargs.get("attention_mask")
+        yield (x.flatten(0, -2) if mask is None else x[mask.bool()]).detach()
+
+
+def hidden(module: nn.Module, output) -> Tensor:
+    """A module's output, or the first of a tuple, if that is a tensor (..., d) of floats."""
+    x = output[0] if isinstance(output, tuple | list) and len(output) else output
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{type(module).__name__} put out {got}, expected floats (..., tokens, d)")
+    return x
+
+
+def shuffle(batches: Iterable[Tensor], batch: int, held: int, seed: int = 0) -> Iterator[Tensor]:
+    """The rows of all `batches`, each once, `batch` at a time, in random order as far as `held` go.
+
+    Rows of one text come together and are much alike. At most `held` are kept (and what is read
+    last): whenever so many are there, they are permuted, and half of them are given out.
+    """
+    check_positive("batch", batch), check_positive("held", held)
+    generator, pool, n = torch.Generator().manual_seed(seed), [], 0
+    for x in itertools.chain(batches, [None]):
+        if x is not None:
+            pool.append(x)
+            n += len(x)
+            if n < max(held, 2 * batch):
+                continue
+        if n == 0:
+            return
+        rows = torch.cat(pool)[torch.randperm(n, generator=generator).to(pool[0].device)]
+        out = n if x is None else max(batch, (n - held // 2) // batch * batch)
+        yield from rows[:out].split(batch)
+        pool, n = [rows[out:].clone()], n - out
+
+
+@contextmanager
+def splice(module: nn.Module, put: SAE | str | Tensor) -> Iterator[None]:
+    """Within, `put` stands in for the module's output x: an SAE's x̂, "zero", or a tensor (d,), say
+    the mean of x. The hook is gone afterwards, whatever happened.
+    """
+
+    def replace(_, args, output):
+        x = hidden(module, output)
+        if isinstance(put, SAE):
+            new = put(x.to(put.W_enc.dtype))
+        else:
+            new = (x.new_zeros(()) if isinstance(put, str) else put).expand_as(x)
+        new = new.to(x)
+        return type(output)([new, *output[1:]]) if isinstance(output, tuple | list) else new
+
+    if not isinstance(put, SAE | Tensor) and put != "zero":
+        raise ValueError(f"put is {put!r}, expected an SAE, 'zero' or a tensor")
+    handle = module.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 # What does splicing x̂ in for x cost, and which latents matter to the output? Gradients answer the
 # second cheaply, but cannot see a jump. For θ ≥ 0, JumpReLU_θ(z) = z 1[z > θ] and ReLU(z - θ) have
 # one gradient, 1[z > θ], and so every attribution made of gradients is equal for both. Yet patching

@@ -179,13 +179,14 @@ def test_training_takes_the_sparse_path_once_few_latents_fire(monkeypatch):
     monkeypatch.setattr(gated_sae, "sparse_losses", watched)
     data = SuperpositionData(16, 64, firing=0.03)
     options = dict(l1=3.0, steps=200, lr=1e-2, log_every=200, device="cpu")
-    sae = GatedSAE(16, 64, stack=6)
+    sae, dense = (GatedSAE(16, 64, stack=6, dtype=torch.float64) for _ in range(2))
     list(train(sae, data.batches(512, seed=0), **options))
     assert 20 <= len(taken) <= 180
     assert taken[0] < 1.2 / 16
     assert evaluate(sae, [next(data.batches(512, seed=1))]).l0.mean() < 4
     taken.clear()
-    list(train(GatedSAE(16, 64, stack=6), data.batches(512, seed=0), sparse=False, **options))
+    list(train(dense, data.batches(512, seed=0), sparse=False, **options))
+    assert_equal(dict(sae.state_dict()), dict(dense.state_dict()), rtol=1e-5, atol=1e-7)
     list(train(GatedSAE(16, 64), data.batches(512, seed=0), **options))  # small: dense is faster
     assert not taken
 
