@@ -1003,7 +1003,7 @@ def candidates(x: Tensor, C: Tensor, b: Tensor, dtype: torch.dtype) -> Support:
     eps = 1.05 * torch.finfo(dtype).eps  # of x and c; and of the sum, in float32 or better:
     eps += d_in * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     A = torch.cat([x, x.norm(dim=-1, keepdim=True), torch.ones_like(x[..., :1])], -1).to(dtype)
-    A, C, b = A.view(-1, batch, d_in + 2), C.reshape(-1, d_sae, d_in), b.view(-1, d_sae, 1)
+    A, C, b = A.view(-1, batch, d_in + 2), C.reshape(-1, d_sae, d_in), b.reshape(-1, d_sae, 1)
     some, found = max(1, min(d_sae, BLOCK // batch)), []
     buffer = A.new_empty(some, batch)  # one for all: fresh memory costs as much as the product
     for member, first in itertools.product(range(len(A)), range(0, d_sae, some)):
