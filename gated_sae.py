@@ -1113,7 +1113,7 @@ FIXED = PREPROCESSING | dict(activation_fn="relu", activation_fn_str="relu")
 
 
 def save(sae: SAE, folder: str | os.PathLike) -> None:
-    """Write an SAE to `folder`. SAELens loads it too, if it is a single Standard or tied Gated SAE.
+    """Write an SAE to `folder`. SAELens loads a single Standard, tied Gated or JumpReLU SAE.
 
     If the folder holds an SAE of the same configuration, its weights are replaced; if of another
     one, ValueError. A kill at any moment leaves the old SAE or the new: the config is written while
@@ -1164,24 +1164,50 @@ def load(folder: str | os.PathLike, device: torch.device | str = "cpu") -> SAE:
     return _fill(sae, tensors, folder).to(device)
 
 
+# dictionary-learning's names of our parameters, and its matrices are ours transposed.
+DICTIONARY_LEARNING = {
+    "gated": {
+        "encoder.weight": "W_enc",
+        "decoder.weight": "W_dec",
+        "decoder_bias": "b_dec",
+        "gate_bias": "b_gate",
+        "mag_bias": "b_mag",
+        "r_mag": "r_mag",
+    },
+    "standard": {
+        "encoder.weight": "W_enc",
+        "decoder.weight": "W_dec",
+        "bias": "b_dec",
+        "encoder.bias": "b_enc",
+    },
+}
+
+
 def from_dictionary_learning(state: Mapping[str, Tensor]) -> SAE:
     """The SAE in a state dict of dictionary-learning's GatedAutoEncoder or AutoEncoder.
 
     ValueError, with both lists of names and shapes, if it is neither.
     """
-    names = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
-    if "r_mag" in state:
-        variant = GatedSAE
-        names |= dict(decoder_bias="b_dec", gate_bias="b_gate", mag_bias="b_mag", r_mag="r_mag")
-    else:
-        variant = StandardSAE
-        names |= {"bias": "b_dec", "encoder.bias": "b_enc"}
+    variant = GatedSAE if "r_mag" in state else StandardSAE
+    names = DICTIONARY_LEARNING["gated" if variant is GatedSAE else "standard"]
     if set(state) != set(names) or state["encoder.weight"].ndim != 2:
         raise ValueError(f"the state holds {sorted(state)}, expected {sorted(names)}")
     turned = {old: t.mT if t.ndim == 2 else t for old, t in state.items()}
     tensors = {new: turned[old].detach().clone() for old, new in names.items()}
     W_enc = tensors["W_enc"]
     return _fill(variant(*W_enc.shape, dtype=W_enc.dtype, device="meta"), tensors, "the state")
+
+
+def to_dictionary_learning(sae: SAE) -> dict[str, Tensor]:
+    """The state dict of dictionary-learning's GatedAutoEncoder or AutoEncoder with its outputs.
+
+    ValueError unless it is a single Standard or tied Gated SAE.
+    """
+    if sae.stack or sae.architecture not in DICTIONARY_LEARNING:
+        raise ValueError(f"got a {sae}, expected a single Standard or tied Gated SAE")
+    names, own = DICTIONARY_LEARNING[sae.architecture], sae.state_dict()
+    turned = {name: t.mT if t.ndim == 2 else t for name, t in own.items()}
+    return {old: turned[new].detach().contiguous().clone() for old, new in names.items()}
 
 
 def _describe(sae: SAE) -> dict:

@@ -15,7 +15,15 @@ from random_saes import VARIANTS, assert_equal, random_batch, random_sae, seeds,
 from safetensors.torch import load_file, save_file
 
 import gated_sae
-from gated_sae import GatedSAE, StandardSAE, from_dictionary_learning, load, save
+from gated_sae import (
+    GatedSAE,
+    JumpReLUSAE,
+    StandardSAE,
+    from_dictionary_learning,
+    load,
+    save,
+    to_dictionary_learning,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
@@ -267,7 +275,9 @@ def test_a_pickle_is_not_opened(folder):
 # -- Other libraries' files ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "kind"), [("gated", GatedSAE), ("standard", StandardSAE)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("gated", GatedSAE), ("standard", StandardSAE), ("jumprelu", JumpReLUSAE)]
+)
 def test_saelens_folders_load_and_give_the_same_outputs(name, kind):
     sae = load(FIXTURES / f"saelens_{name}")
     recorded = load_file(FIXTURES / f"saelens_{name}" / "recorded.safetensors")
@@ -277,7 +287,7 @@ def test_saelens_folders_load_and_give_the_same_outputs(name, kind):
     assert_equal(sae(recorded["x"]), recorded["x_hat"])
 
 
-@pytest.mark.parametrize("name", ["gated", "standard"])
+@pytest.mark.parametrize("name", ["gated", "standard", "jumprelu"])
 def test_what_saelens_reads_is_in_what_is_saved(tmp_path, name):
     """Every key that SAELens itself wrote, with its value, and the same tensors."""
     theirs = FIXTURES / f"saelens_{name}"
@@ -307,6 +317,32 @@ def test_dictionary_learning_states_load_and_give_the_same_outputs(name):
         expected = {k: recorded[k] for k in ("reconstruct", "sparsity", "aux")}
         losses = sae.losses(recorded["x"])._asdict()
         assert_equal({k: v.detach() for k, v in losses.items()}, expected)
+
+
+@given(st.sampled_from(["standard", "gated"]), sizes, seeds)
+def test_states_for_dictionary_learning_come_back_as_they_went(variant, size, seed):
+    sae = random_sae(variant, size, seed)
+    state = to_dictionary_learning(sae)
+    assert all(t.is_contiguous() for t in state.values())
+    assert_equal(
+        dict(from_dictionary_learning(state).state_dict()), dict(sae.state_dict()), rtol=0, atol=0
+    )
+    state["encoder.weight"].zero_()  # a copy
+    assert sae.W_enc.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["gated", "standard"])
+def test_dictionary_learnings_own_states_are_written_as_they_were(name):
+    state = load_file(FIXTURES / f"dictionary_learning_{name}" / "state.safetensors")
+    assert_equal(to_dictionary_learning(from_dictionary_learning(state)), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "sae", [GatedSAE(4, 8, tied=False), GatedSAE(4, 8, stack=2), JumpReLUSAE(4, 8)]
+)
+def test_what_dictionary_learning_has_not_is_named(sae):
+    with pytest.raises(ValueError, match="expected a single Standard or tied Gated SAE"):
+        to_dictionary_learning(sae)
 
 
 @pytest.mark.parametrize(
