@@ -241,6 +241,13 @@ class Seen(TorchDispatchMode):
         return out
 
 
+def alive():
+    """Sizes of all tensors there are, by identity."""
+    gc.collect()
+    tensors = [v for v in gc.get_objects() if issubclass(type(v), torch.Tensor)]
+    return {id(v): v.numel() for v in tensors if v.layout == torch.strided}
+
+
 @pytest.mark.parametrize("stack", [(), (3,)])
 def test_a_dense_step_makes_three_products_on_its_way_forward(stack):
     """One of the encoder, two of the decoder."""
@@ -257,13 +264,13 @@ def test_the_sparse_step_keeps_no_dense_tensor_for_the_backward_pass():
     with torch.no_grad():
         sae.b_gate.fill_(-2.0)
     x = torch.randn(batch, 8, generator=torch.Generator().manual_seed(0))
+    before = alive()
     with Seen() as seen:
         losses, density = sparse_losses(sae, x)
     assert 0 < density < 0.05
     assert seen.largest <= max(gated_sae.BLOCK, sae.W_enc.numel()) < batch * d_sae
-    gc.collect()
-    tensors = (v for v in gc.get_objects() if issubclass(type(v), torch.Tensor))
-    assert max(v.numel() for v in tensors if v.layout == torch.strided) < batch * d_sae / 8
+    kept = alive()
+    assert max(kept[name] for name in kept.keys() - before.keys()) < batch * d_sae / 8
     losses.total(0.1).backward()
 
 
