@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import explainer
+import gated_sae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,8 +35,48 @@ def test_the_python_block_prints_what_the_text_block_shows(tmp_path):
     assert (tmp_path / "my_sae" / "cfg.json").exists()
 
 
+class Transformer(torch.nn.Module):
+    """Stands in for GPT-2: a tokenizer's output in, an object with a loss out."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = torch.nn.Module()
+        self.embedding = torch.nn.Embedding(256, 768)
+        self.transformer.h = torch.nn.ModuleList(torch.nn.Module() for _ in range(7))
+        for block in self.transformer.h:
+            block.mlp = torch.nn.Linear(768, 768)
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        x = self.embedding(input_ids)
+        for block in self.transformer.h:
+            x = x + block.mlp(x)
+        return SimpleNamespace(loss=x.square().mean())
+
+
+def test_the_lines_for_a_language_model_run():
+    """With a stand-in for it, few and short texts, and small sizes: all else as it stands."""
+    code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+    for shown, small in (("16384", "64"), ("4096", "8"), ("steps=1000", "steps=4")):
+        assert code.count(shown) == 1
+        code = code.replace(shown, small)
+
+    def tokenizer(text, return_tensors):
+        ids = torch.tensor([list(text.encode())])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    names = dict(
+        GPT2LMHeadModel=SimpleNamespace(from_pretrained=lambda name: Transformer()),
+        GPT2Tokenizer=SimpleNamespace(from_pretrained=lambda name: tokenizer),
+        texts=["A text of some length.", "And another, no longer."],
+    )
+    names |= vars(gated_sae)
+    exec(code, names)
+    assert names["record"].step == 4
+    assert names["loss"].item() > 0
+
+
 def test_every_python_block_is_tested():
-    assert README.count("```python") == 1
+    assert README.count("```python") == 2
 
 
 def test_the_two_commands_stand_alone_on_their_lines():
