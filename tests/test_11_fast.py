@@ -306,16 +306,17 @@ def test_training_on_cuda_ends_where_the_cpu_ends(sparse):
 @pytest.mark.cuda
 def test_between_records_the_dense_loop_never_waits_for_the_device():
     data = SuperpositionData(32, 128, firing=0.1, correlation=0.2, device="cuda")
-    batches = data.batches(256, seed=0)
-    x = [next(batches) for _ in range(50)]
-    records = train(GatedSAE(32, 128), x, l1=0.1, steps=50, log_every=50)
+    batches, drawn = list(itertools.islice(data.batches(256, seed=0), 50)), []
+    stream = (drawn.append(x) or x for x in batches)
+    records = train(GatedSAE(32, 128), stream, l1=0.1, steps=50, log_every=50)
     next(records)  # step 1
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with pytest.raises(RuntimeError, match="synchroniz"):  # at the last, which is a record
+        with pytest.raises(RuntimeError, match="synchroniz"):
             next(records)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(drawn) == 50  # the last step is a record, and no other waited
 
 
 @pytest.mark.cuda
