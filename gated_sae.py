@@ -712,7 +712,8 @@ def train(
                 check_finite(broken, total, x, step)
             optimizer.found_inf = broken.float()  # if 1, fused Adam takes no step
             if resample_every:
-                silent.masked_fill_((sae.encode(x) > 0).any(-2), False)
+                with torch.no_grad():
+                    silent.masked_fill_((sae.encode(x) > 0).any(-2), False)
             optimizer.zero_grad()
             total.backward(torch.ones_like(total))
             optimizer.param_groups[0]["lr"] = lr_now
@@ -971,10 +972,13 @@ class Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: Tensor, gradients: Callable, *inputs: Tensor) -> Tensor:
         ctx.gradients = gradients
+        ctx.save_for_backward(*inputs)  # so that a change in between is noticed
         return value
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
+        _ = ctx.saved_tensors
         return None, None, *ctx.gradients(grad)
 
 
@@ -1071,8 +1075,10 @@ def sparse_losses(sae: SAE, x: Tensor) -> tuple[Losses, float]:
 def is_sparse(sae: SAE, x: Tensor, density: float, asked: bool | None) -> bool:
     """Whether to take this path: as asked, or where it was measured to be faster."""
     able = type(sae) in (StandardSAE, GatedSAE, NaturalGatedSAE) and getattr(sae, "tied", True)
+    able = able and x.device.type in ("cpu", "cuda") and x.dtype in (torch.float32, torch.float64)
     if asked and not able:
-        raise ValueError(f"sparse is True for {sae}, expected a Standard or a tied Gated SAE")
+        wanted = "a Standard or a tied Gated SAE, in float32 or float64, on CPU or CUDA"
+        raise ValueError(f"sparse is True for {sae} and {x.dtype} on {x.device}, expected {wanted}")
     many = x.shape[-2] * sae.b_dec[..., 0].numel() * sae.d_sae > 2**17
     return able and many and density < 1 / 16 if asked is None else asked
 
@@ -1424,7 +1430,7 @@ def stream(sae: SAE, batches: Iterable[Tensor], whole: bool = False) -> Iterator
     for number, x in enumerate(batches):
         if isinstance(x, Tensor) and x.is_floating_point():
             # Detached: the model that made x is not being trained.
-            x = x.detach().to(sae.W_enc.device, sae.W_enc.dtype, non_blocking=True)
+            x = x.detach().to(sae.W_enc.device, sae.W_enc.dtype)
         try:
             check_rows(sae, x, only_batches=True)
             if whole and not x.isfinite().all():

@@ -221,6 +221,23 @@ def test_a_nan_shows_in_the_loss(broken):
     assert sparse_losses(sae, x)[0].total(0.3).isnan()
 
 
+def test_half_precision_is_evaluated_by_the_dense_path():
+    sae = GatedSAE(16, 4096, dtype=torch.bfloat16)
+    with torch.no_grad():
+        sae.b_gate.fill_(-6.0)
+    batches = [random_batch(64, 16, seed=i).bfloat16() for i in range(3)]
+    assert evaluate(sae, batches).l0 < 4096 / 16
+
+
+def test_a_weight_changed_before_the_backward_pass_is_noticed():
+    sae = shifted("gated", (8, 16), 0, -1.0)
+    losses, _ = sparse_losses(sae, random_batch(20, 8, seed=0))
+    with torch.no_grad():
+        sae.W_dec.mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.total(0.3).backward()
+
+
 # -- Work and memory -------------------------------------------------------------------------------
 
 
