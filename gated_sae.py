@@ -588,13 +588,13 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], sparse: bool | None = None) ->
 
     Ratios of means over the whole stream: how it was cut into batches changes nothing but rounding.
     Sums are float64 (MPS: float32). A NaN or infinity raises ValueError, with the batch's number.
-    `sparse`: see `train`.
+    `sparse`: see `Trainer`.
     """
-    n_rows, origin, sums, density = 0, None, {}, 1.0
+    n_rows, origin, sums, share = 0, None, {}, 1.0  # `share` of latents that fire on a row
     for x in stream(sae, batches, whole=True):
-        x_hat, f_sum, fires = reconstruct(sae, x, is_sparse(sae, x, density, sparse))
+        x_hat, f_sum, fires = reconstruct(sae, x, is_sparse(sae, x, share, sparse))
         x, n = x.to(x_hat.dtype), x.shape[-2]
-        density = fires.mean().item() / n
+        share = fires.mean().item() / n
         # Centred near the data: far from the origin, E‖x‖² - ‖E x‖² would cancel to nothing.
         origin = x[..., :1, :] if origin is None else origin
         means = vars(moments(x, x_hat)) | dict(
@@ -634,38 +634,20 @@ def step_on_unit_norm(optimizer: torch.optim.Optimizer, W_dec: Tensor) -> None:
 
 
 class Record(NamedTuple):
-    """What `train` reports of a step."""
+    """What training reports of a step."""
 
     step: int  # counted from 1
     lr: float  # learning rate of this step
     l1: Tensor  # λ of this step
     losses: Losses  # before this step, on its batch
-    metrics: Metrics  # after it, on the same batch
+    metrics: Metrics | None = None  # after it, on the same batch
 
 
-def train(
-    sae: SAE,
-    batches: Iterable[Tensor],
-    *,
-    l1: float | Tensor,
-    steps: int,
-    lr: float = 3e-4,
-    betas: tuple[float, float] = (0.0, 0.999),
-    lr_warmup: float = 0.1,
-    l1_warmup: float = 0.1,
-    lr_decay: float = 0.2,
-    resample_every: int | None = None,
-    log_every: int = 100,
-    sparse: bool | None = None,
-    autocast: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> Iterator[Record]:
-    """Train in place with Adam; yields a Record at step 1, every `log_every` steps, and the last.
-
-    Checks its arguments and moves the SAE at once. Training itself runs as the records are
-    iterated, takes exactly `steps` batches (batch, d_in), and stops if the iteration does.
+class Trainer:
+    """Adam on an SAE, in place, and all else that the next step depends on.
 
     l1         λ, one number, or one for each member of a stack (shape `stack`)
+    steps      how many there will be
     lr, betas  of Adam: the paper's, for language models; toy data wants an lr of 1e-2
     lr_warmup, l1_warmup, lr_decay
                shares of the steps in which lr and λ rise linearly, and in which lr falls at the end
@@ -673,64 +655,113 @@ def train(
                after every so many steps but the last, `resample` what has not fired in them
     sparse     whether to take the path of section 11. None: wherever it is faster. It changes no
                result beyond rounding
-    autocast   say torch.bfloat16: products in it. Parameters, sums and losses stay float32
+    autocast   say torch.bfloat16: dense products in it. Parameters, sums and losses stay float32
     device     None: the accelerator if there is one, else the CPU; the SAE and each batch go there
 
-    A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. NaN or infinity in a batch
-    or a loss, or too few batches, raise ValueError with the step, and leave the SAE as before that
-    step. A half-precision SAE is a TypeError: its rounding swallows the steps.
+    A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. A half-precision SAE is a
+    TypeError: its rounding swallows the steps.
     """
-    shares = lr_warmup, l1_warmup, lr_decay
-    check_schedule(sae, l1, steps, lr, shares, resample_every, log_every)
-    sae.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    l1 = torch.as_tensor(l1).detach().clone().to(sae.W_enc)
-    if sae.unit_norm:
-        fold_decoder_norms(sae)
 
-    def ramp(step: int, share: float) -> float:
-        return min(1.0, step / max(1.0, share * steps))
+    def __init__(
+        self,
+        sae: SAE,
+        *,
+        l1: float | Tensor,
+        steps: int,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.0, 0.999),
+        lr_warmup: float = 0.1,
+        l1_warmup: float = 0.1,
+        lr_decay: float = 0.2,
+        resample_every: int | None = None,
+        sparse: bool | None = None,
+        autocast: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        self.sae, self.steps, self.sparse, self.autocast = sae, steps, sparse, autocast
+        self.lr, self.shares = lr, (lr_warmup, l1_warmup, lr_decay)
+        self.resample_every = resample_every
+        check_schedule(self, l1)
+        sae.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        self.l1 = torch.as_tensor(l1).detach().clone().to(sae.W_enc)
+        if sae.unit_norm:
+            fold_decoder_norms(sae)
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, fused=True)
+        self.done, self.density = 0, 1.0  # steps taken; the share of latents that fire on a row
+        self.silent = torch.ones(sae.W_dec.shape[:-1], dtype=torch.bool, device=sae.W_dec.device)
+        self.broken = self.silent.new_zeros(())  # whether a loss was not finite
+        self.generator = torch.Generator(sae.W_dec.device).manual_seed(0)
 
-    optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, fused=True)
+    def step(self, x: Tensor, wait: bool = False) -> Record:
+        """One step, on a batch as `stream` gives it, and its Record, but for the metrics.
 
-    def run() -> Iterator[Record]:  # apart, so that the checks above do not wait for an iteration
-        generator = torch.Generator(sae.W_dec.device).manual_seed(0)
-        silent = torch.ones(*sae.stack, sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
-        step, density, broken = 0, 1.0, torch.zeros((), dtype=torch.bool, device=sae.W_dec.device)
-        for step, x in enumerate(itertools.islice(stream(sae, batches), steps), 1):
-            lr_now = lr * min(ramp(step, lr_warmup), ramp(steps + 1 - step, lr_decay))
-            l1_now = l1 * ramp(step, l1_warmup)
-            # On a GPU the loop runs ahead of the device: to ask for a value is to wait for it.
-            logs = step in (1, steps) or step % log_every == 0
-            waits = logs or x.device.type == "cpu"
-            amp = torch.autocast(x.device.type, autocast, enabled=autocast is not None)
-            with amp, torch.enable_grad():  # gradients also where the caller has switched them off
-                look = waits and step % 20 == 0
-                losses, density = losses_and_density(sae, x, density, sparse, look)
-                total = losses.total(l1_now)
-            broken = broken | ~total.isfinite().all()
-            if waits:
-                check_finite(broken, total, x, step)
-            optimizer.found_inf = broken.float()  # if 1, fused Adam takes no step
-            if resample_every:
-                with torch.no_grad():
-                    silent.masked_fill_((sae.encode(x) > 0).any(-2), False)
-            optimizer.zero_grad()
-            total.backward(torch.ones_like(total))
-            optimizer.param_groups[0]["lr"] = lr_now
-            if sae.unit_norm:
-                step_on_unit_norm(optimizer, sae.W_dec)
-            else:
-                optimizer.step()
-            if resample_every and step % resample_every == 0 and step < steps:
-                resample(sae, silent, x, generator, optimizer)
-                silent.fill_(True)
+        On a GPU the host runs ahead of the device, and to ask for a value is to wait for it. So
+        the loss is looked at, and the path chosen anew, only if told to `wait`.
+        """
+        sae, step, (lr_warmup, l1_warmup, lr_decay) = self.sae, self.done + 1, self.shares
+        if step > self.steps:
+            raise ValueError(f"all {self.steps} steps are done")
+
+        def ramp(n: int, share: float) -> float:
+            return min(1.0, n / max(1.0, share * self.steps))
+
+        lr = self.lr * min(ramp(step, lr_warmup), ramp(self.steps + 1 - step, lr_decay))
+        l1 = self.l1 * ramp(step, l1_warmup)
+        resamples = self.resample_every and step % self.resample_every == 0 and step < self.steps
+        on_cpu = x.device.type == "cpu"
+        if step % 20 == 0 if on_cpu else wait:
+            self.density = density(sae, x)
+        sparse = is_sparse(sae, x, self.density, self.sparse)
+        if self.resample_every:
+            self.silent &= ~fired(sae, x, sparse)
+        amp = torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None)
+        with amp, torch.enable_grad():  # gradients also where the caller has switched them off
+            losses = sparse_losses(sae, x) if sparse else sae.losses(x)
+            total = losses.total(l1)
+        self.broken |= ~total.isfinite().all()
+        if wait or resamples or on_cpu:
+            check_finite(self.broken, total, x, step)
+        self.optimizer.found_inf = self.broken.float()  # if 1, fused Adam takes no step
+        self.optimizer.zero_grad()
+        total.backward(torch.ones_like(total))
+        self.optimizer.param_groups[0]["lr"] = lr
+        if sae.unit_norm:
+            step_on_unit_norm(self.optimizer, sae.W_dec)
+        else:
+            self.optimizer.step()
+        if resamples:
+            resample(sae, self.silent, x, self.generator, self.optimizer, sparse)
+            self.silent.fill_(True)
+        self.done = step
+        return Record(step, lr, l1, Losses(*(term.detach() for term in losses)))
+
+    def run(self, batches: Iterable[Tensor], log_every: int) -> Iterator[Record]:
+        """The steps that are left; see `train`."""
+        for x in itertools.islice(stream(self.sae, batches), self.steps - self.done):
+            logs = self.done + 1 in (1, self.steps) or (self.done + 1) % log_every == 0
+            record = self.step(x, wait=logs)
             if logs:
-                terms = Losses(*(term.detach() for term in losses))
-                yield Record(step, lr_now, l1_now, terms, evaluate(sae, [x]))
-        if step < steps:
-            raise ValueError(f"batches ended after {step} of {steps} steps; the SAE keeps these")
+                sparse = is_sparse(self.sae, x, self.density, self.sparse)
+                yield record._replace(metrics=evaluate(self.sae, [x], sparse))
+        if self.done < self.steps:
+            ended = f"batches ended after {self.done} of {self.steps} steps"
+            raise ValueError(f"{ended}; the SAE keeps these")
 
-    return run()
+
+def train(
+    sae: SAE, batches: Iterable[Tensor], *, log_every: int = 100, **options
+) -> Iterator[Record]:
+    """Train in place; yields a Record at step 1, every `log_every` steps, and the last.
+
+    `options` are those of `Trainer`: l1 and steps at least. Checks them and moves the SAE at once.
+    Training itself runs as the records are iterated, takes exactly `steps` batches (batch, d_in),
+    and stops if the iteration does.
+
+    NaN or infinity in a batch or a loss, or too few batches, raise ValueError with the step, and
+    leave the SAE as before that step.
+    """
+    check_positive("log_every", log_every)
+    return Trainer(sae, **options).run(batches, log_every)
 
 
 # -- 10 · On a real model --------------------------------------------------------------------------
@@ -765,7 +796,7 @@ def harvest(model: nn.Module, module: nn.Module, inputs: Iterable) -> Iterator[T
         finally:
             handle.remove()
         mask = kwargs.get("attention_mask")
-        yield (x.flatten(0, -2) if mask is None else x[mask.bool()]).detach()
+        yield (x.flatten(0, -2) if mask is None else x[mask.bool().to(x.device)]).detach()
 
 
 def hidden(module: nn.Module, output) -> Tensor:
@@ -812,10 +843,14 @@ def splice(module: nn.Module, put: SAE | str | Tensor) -> Iterator[None]:
         else:
             new = (x.new_zeros(()) if isinstance(put, str) else put).expand_as(x)
         new = new.to(x)
-        return type(output)([new, *output[1:]]) if isinstance(output, tuple | list) else new
+        if not isinstance(output, tuple | list):
+            return new
+        make = getattr(type(output), "_make", type(output))  # a namedtuple has its own
+        return make([new, *output[1:]])
 
-    if not isinstance(put, SAE | Tensor) and put != "zero":
-        raise ValueError(f"put is {put!r}, expected an SAE, 'zero' or a tensor")
+    single = isinstance(put, Tensor) or (isinstance(put, SAE) and not put.stack)
+    if not single and not (isinstance(put, str) and put == "zero"):
+        raise ValueError(f"put is {put!r}, expected a single SAE, 'zero' or a tensor")
     handle = module.register_forward_hook(replace)
     try:
         yield
@@ -917,13 +952,12 @@ class Support:
     """Some entries (row, latent) of a (*stack, batch, d_sae) tensor, and products with them.
 
     Sorted by latent, then by row; both are numbered through the stack. A is (*stack, batch, d_in),
-    C (*stack, d_sae, d_in), s (nnz,). No method but `at` and `per_latent` has a gradient: see
-    `Known`.
+    C (*stack, d_sae, d_in), s (nnz,). The last two methods alone have gradients: see `Known`.
     """
 
     def __init__(self, latent: Tensor, row: Tensor, x_shape: torch.Size, b_shape: torch.Size):
         self.latent, self.row, self.x_shape, self.b_shape = latent, row, x_shape, b_shape
-        self.latents = self._starts(latent, b_shape.numel())
+        self.latent_starts = self._starts(latent, b_shape.numel())
 
     @staticmethod
     def _starts(index: Tensor, n: int) -> Tensor:
@@ -936,34 +970,37 @@ class Support:
         return order, self.latent[order], self._starts(self.row[order], self.x_shape[:-1].numel())
 
     @torch.no_grad()
-    def over_latents(self, s: Tensor, C: Tensor) -> Tensor:
+    def to_rows(self, s: Tensor, C: Tensor) -> Tensor:
         """S C: (*stack, batch, d_in)."""
-        order, latent, rows = self.by_row
-        return bag(latent, C.flatten(0, -2), rows, per_sample_weights=s[order]).view(self.x_shape)
+        order, latent, starts = self.by_row
+        return bag(latent, C.flatten(0, -2), starts, per_sample_weights=s[order]).view(self.x_shape)
 
     @torch.no_grad()
-    def over_rows(self, s: Tensor, A: Tensor) -> Tensor:
+    def to_latents(self, s: Tensor, A: Tensor) -> Tensor:
         """Sᵀ A: (*stack, d_sae, d_in)."""
-        out = bag(self.row, A.flatten(0, -2), self.latents, per_sample_weights=s)
+        out = bag(self.row, A.flatten(0, -2), self.latent_starts, per_sample_weights=s)
         return out.view(*self.b_shape, -1)
 
     @torch.no_grad()
     def products(self, A: Tensor, C: Tensor) -> Tensor:
         """A Cᵀ at the support: (nnz,)."""
         A, C = A.flatten(0, -2), C.flatten(0, -2)
-        index = self.latents, self.row, A.new_zeros(len(self.row)), (len(C), len(A))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            S = torch.sparse_csr_tensor(*index, check_invariants=False)
+        S = csr(self.latent_starts, self.row, A.new_zeros(len(self.row)), (len(C), len(A)))
         return torch.sparse.sampled_addmm(S, C, A.mT, beta=0).values()
 
     def per_latent(self, s: Tensor) -> Tensor:
-        """Sums over rows: (*stack, d_sae)."""
-        return s.new_zeros(self.b_shape).view(-1).index_add(0, self.latent, s).view(self.b_shape)
+        """Sums over rows: (nnz,) -> (*stack, d_sae)."""
+        return s.new_zeros(self.b_shape.numel()).index_add(0, self.latent, s).view(self.b_shape)
 
-    def at(self, v: Tensor) -> Tensor:
+    def per_entry(self, v: Tensor) -> Tensor:
         """v of each entry's latent: (*stack, d_sae) -> (nnz,)."""
         return v.flatten().index_select(0, self.latent)
+
+
+csr = partial(torch.sparse_csr_tensor, check_invariants=False)
+with warnings.catch_warnings():  # torch says once per process that these are in beta: here, unheard
+    warnings.simplefilter("ignore")
+    csr([0, 0], [], [], (1, 1))
 
 
 class Known(torch.autograd.Function):
@@ -985,15 +1022,16 @@ class Known(torch.autograd.Function):
 @torch.no_grad()
 def find_support(x: Tensor, W_enc: Tensor, b: Tensor) -> tuple[Support, Tensor]:
     """Where x W_enc + b > 0, and x W_enc there, (nnz,)."""
-    C, can = W_enc.mT, getattr(torch.cpu, "get_capabilities", dict)()
-    # Many times as fast, where the hardware has it. (CUDA may sum in bfloat16, too: no bound.)
-    fast = x.device.type == "cpu" and can.get("amx_bf16") and x.shape[-1] >= 256
-    for dtype in dict.fromkeys((torch.bfloat16 if fast else x.dtype, x.dtype)):
-        rough = candidates(x, C, b, dtype)
+    can = getattr(torch.cpu, "get_capabilities", dict)() if x.device.type == "cpu" else {}
+    dtypes = [x.dtype]
+    if x.shape[-1] >= 256 and (can.get("amx_bf16") or can.get("avx512_bf16")):
+        dtypes = [torch.bfloat16, x.dtype]  # faster, but not where the margins let too many through
+    for dtype in dtypes:
+        rough = candidates(x, W_enc.mT, b, dtype)
         if len(rough.row) < x.shape[:-1].numel() * b.shape[-1] / 32:
-            break  # few enough to look at each
-    z = rough.products(x, C)
-    keep = (~(z <= -rough.at(b))).nonzero().view(-1)  # a NaN is kept, and the loss will show it
+            break
+    z = rough.products(x, W_enc.mT)
+    keep = (~(z <= -rough.per_entry(b))).nonzero().view(-1)  # NaN stays: the loss will show it
     return Support(rough.latent[keep], rough.row[keep], x.shape, b.shape), z[keep]
 
 
@@ -1004,20 +1042,29 @@ def candidates(x: Tensor, C: Tensor, b: Tensor, dtype: torch.dtype) -> Support:
     none is missed where [x, ‖x‖, 1] · [c, eps ‖c‖, b + eps |b|] > 0 is asked instead.
     """
     (batch, d_in), d_sae = x.shape[-2:], b.shape[-1]
-    eps = 1.05 * torch.finfo(dtype).eps  # of x and c; and of the sum, in float32 or better:
+    eps = 1.05 * rounding(dtype)  # of x and c; and of the sum, in float32 or better:
     eps += d_in * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     A = torch.cat([x, x.norm(dim=-1, keepdim=True), torch.ones_like(x[..., :1])], -1).to(dtype)
     A, C, b = A.view(-1, batch, d_in + 2), C.reshape(-1, d_sae, d_in), b.reshape(-1, d_sae, 1)
-    some, found = max(1, min(d_sae, BLOCK // batch)), []
-    buffer = A.new_empty(some, batch)  # one for all: fresh memory costs as much as the product
-    for member, first in itertools.product(range(len(A)), range(0, d_sae, some)):
-        c, b_c = (v[member, first : first + some] for v in (C, b))
+    width, found = max(1, min(d_sae, BLOCK // batch)), []
+    buffer = A.new_empty(width, batch)  # one for all: fresh memory costs as much as the product
+    for member, first in itertools.product(range(len(A)), range(0, d_sae, width)):
+        c, b_c = (v[member, first : first + width] for v in (C, b))
         c = torch.cat([c, eps * c.norm(dim=-1, keepdim=True), b_c + eps * b_c.abs()], -1).to(dtype)
         pi = torch.mm(c, A[member].mT, out=buffer[: len(c)])
         found.append(positions(~(pi <= 0)).add_((member * d_sae + first) * batch))
-    at = torch.cat(found)
-    latent = at // batch
-    return Support(latent, at % batch + latent // d_sae * batch, x.shape, b.shape[:-1])
+    flat = torch.cat(found)
+    latent = flat // batch
+    return Support(latent, flat % batch + latent // d_sae * batch, x.shape, b.shape[:-1])
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """eps of the factors of a product: by torch's switches, a float32 may be rounded to less."""
+    try:
+        whole = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by the newer switches, of which this function knows nothing
+        whole = False
+    return torch.finfo(dtype if whole else torch.bfloat16).eps
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -1037,59 +1084,67 @@ def sparse_paths(sae: SAE, x: Tensor) -> tuple[Support, Tensor, Tensor]:
 
     def gradients(grad: Tensor) -> tuple[Tensor, Tensor]:  # of b_dec and W_enc
         b_grad = sae.W_enc.detach() @ support.per_latent(grad).unsqueeze(-1)
-        return -b_grad.squeeze(-1), support.over_rows(grad, centred).mT
+        return -b_grad.squeeze(-1), support.to_latents(grad, centred).mT
 
     z = Known.apply(z, gradients, sae.b_dec, sae.W_enc)
-    f_gate = F.relu(z + support.at(b))
-    f = F.relu(support.at(sae.r_mag.exp()) * z + support.at(sae.b_mag)) if gated else f_gate
+    f = f_gate = F.relu(z + support.per_entry(b))
+    if gated:
+        f = F.relu(support.per_entry(sae.r_mag.exp()) * z + support.per_entry(sae.b_mag))
     return support, f_gate, f
 
 
-def sparse_losses(sae: SAE, x: Tensor) -> tuple[Losses, float]:
-    """`sae.losses(x)`, and the size of the support as a share of all entries."""
+def sparse_losses(sae: SAE, x: Tensor) -> Losses:
+    """`sae.losses(x)`, to rounding, in the SAE's own dtype. x gets no gradient."""
     check_rows(sae, x, only_batches=True)
+    x = x.detach()
     support, f_gate, f = sparse_paths(sae, x)
 
     def error(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
         def gradients(grad: Tensor) -> tuple[Tensor, Tensor | None]:  # of f and W_dec
-            W_grad = support.over_rows(f, grad) if W_dec.requires_grad else None
+            W_grad = support.to_latents(f, grad) if W_dec.requires_grad else None
             return support.products(grad, W_dec), W_grad
 
-        x_hat = Known.apply(support.over_latents(f, W_dec), gradients, f, W_dec)
+        x_hat = Known.apply(support.to_rows(f, W_dec), gradients, f, W_dec)
         return squared_error(x, x_hat + rows(b_dec))
 
-    reconstruct = error(f, sae.W_dec, sae.b_dec)
-    aux, task = torch.zeros_like(reconstruct), getattr(sae, "aux", None)
-    if task:
-        aux = error(
-            f_gate, *(v.detach() if task == "frozen" else v for v in (sae.W_dec, sae.b_dec))
-        )
+    W_dec, b_dec = sae.W_dec, sae.b_dec
+    reconstruct = error(f, W_dec, b_dec)
+    aux = torch.zeros_like(reconstruct)
+    if getattr(sae, "aux", None) == "frozen":
+        aux = error(f_gate, W_dec.detach(), b_dec.detach())
+    elif getattr(sae, "aux", None) == "unfrozen":
+        aux = error(f_gate, W_dec, b_dec)
     # The penalty sees each entry as an SAE of one latent, whose d_i has one coordinate, its norm.
     one, by_norm = f_gate.view(-1, 1, 1), sae.penalty.startswith("norm")
-    norm = support.at(sae.W_dec.norm(dim=-1)).view(-1, 1, 1) if by_norm else one
+    norm = support.per_entry(W_dec.norm(dim=-1)).view(-1, 1, 1) if by_norm else one
     sparsity = support.per_latent(sae.penalise(one, norm).view(-1)).sum(-1) / x.shape[-2]
-    density = len(f) / (x.shape[-2] * support.b_shape.numel())
-    return sae.normalized(Losses(reconstruct, sparsity, aux), x), density
+    return sae.normalized(Losses(reconstruct, sparsity, aux), x)
 
 
-def is_sparse(sae: SAE, x: Tensor, density: float, asked: bool | None) -> bool:
+def is_sparse(sae: SAE, x: Tensor, density: float, sparse: bool | None) -> bool:
     """Whether to take this path: as asked, or where it was measured to be faster."""
     able = type(sae) in (StandardSAE, GatedSAE, NaturalGatedSAE) and getattr(sae, "tied", True)
     able = able and x.device.type in ("cpu", "cuda") and x.dtype in (torch.float32, torch.float64)
-    if asked and not able:
+    if sparse and not able:
         wanted = "a Standard or a tied Gated SAE, in float32 or float64, on CPU or CUDA"
         raise ValueError(f"sparse is True for {sae} and {x.dtype} on {x.device}, expected {wanted}")
     many = x.shape[-2] * sae.b_dec[..., 0].numel() * sae.d_sae > 2**17
-    return able and many and density < 1 / 16 if asked is None else asked
+    return able and many and density < 1 / 16 if sparse is None else sparse
 
 
-def losses_and_density(sae: SAE, x: Tensor, density: float, asked: bool | None, look: bool):
-    """`sae.losses(x)` by either path, and the density when it was last seen: if `look`, now."""
-    if is_sparse(sae, x, density, asked):
-        return sparse_losses(sae, x)
-    if look and asked is None:
-        density = (sae.encode(x[..., :32, :]).detach() > 0).float().mean().item()
-    return sae.losses(x), density
+@torch.no_grad()
+def density(sae: SAE, x: Tensor) -> float:
+    """The share of latents that fire on a row, by the first 32."""
+    return (sae.encode(x[..., :32, :]) > 0).float().mean().item()
+
+
+@torch.no_grad()
+def fired(sae: SAE, x: Tensor, sparse: bool) -> Tensor:
+    """Whether each latent fires on any row: (*stack, d_sae)."""
+    if not sparse:
+        return (sae.encode(x) > 0).any(-2)
+    support, _, f = sparse_paths(sae, x)
+    return support.per_latent((f > 0).to(f)) > 0
 
 
 def reconstruct(sae: SAE, x: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -1097,7 +1152,7 @@ def reconstruct(sae: SAE, x: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tens
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     if sparse:
         support, _, f = sparse_paths(sae, x)
-        x_hat, total = support.over_latents(f, sae.W_dec) + rows(sae.b_dec), support.per_latent
+        x_hat, total = support.to_rows(f, sae.W_dec) + rows(sae.b_dec), support.per_latent
     else:
         f = sae.encode(x)
         x_hat, total = sae.decode(f), lambda s: s.sum(-2)
@@ -1333,6 +1388,7 @@ def resample(
     x: Tensor,
     generator: torch.Generator,
     optimizer: torch.optim.Optimizer | None = None,
+    sparse: bool = False,
 ) -> None:
     """Restart latents at inputs x (batch, d_in) that are reconstructed badly, as Anthropic does.
 
@@ -1348,7 +1404,7 @@ def resample(
         return (v * living).sum(own, keepdim=True) / living.sum(own, keepdim=True).clamp_min(1)
 
     n, batch = max(1, int(dead.sum(-1).max())), x.shape[-2]
-    error = (x - sae(x)).square().sum(-1)  # (*stack, batch)
+    error = (x - reconstruct(sae, x, sparse)[0].to(x)).square().sum(-1)  # (*stack, batch)
     tiny = torch.finfo(error.dtype).tiny
     weight = F.normalize(error, p=math.inf, dim=-1, eps=tiny).square() + tiny
     # Rows are drawn twice only if they are too few: two equal latents would stay equal for ever.
@@ -1447,13 +1503,14 @@ def bad_rows(x: Tensor) -> str:
     return f"NaN or infinity in {len(bad)} of {x[..., 0].numel()} rows, first in row {int(bad[0])}"
 
 
-def check_schedule(sae, l1, steps, lr, shares, resample_every, log_every) -> None:
-    """The arguments of `train`."""
-    check_positive("steps", steps), check_positive("log_every", log_every)
-    if resample_every is not None:
-        check_positive("resample_every", resample_every)
-    if not (isinstance(lr, Real) and 0 < lr < math.inf):
-        raise ValueError(f"lr is {lr}, expected a positive number")
+def check_schedule(trainer: Trainer, l1: float | Tensor) -> None:
+    """The arguments of `Trainer`."""
+    check_positive("steps", trainer.steps)
+    if trainer.resample_every is not None:
+        check_positive("resample_every", trainer.resample_every)
+    if not (isinstance(trainer.lr, Real) and 0 < trainer.lr < math.inf):
+        raise ValueError(f"lr is {trainer.lr}, expected a positive number")
+    sae, shares = trainer.sae, trainer.shares
     if torch.is_inference_mode_enabled() or not any(p.requires_grad for p in sae.parameters()):
         raise ValueError("got no gradients (inference mode, or all is frozen), expected some")
     if not all(0 <= share <= 1 for share in shares):

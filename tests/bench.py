@@ -39,15 +39,19 @@ def problem(batch, d_in, d_sae, l0):
     return x, W_dec, -z.kthvalue(int(len(z) * (1 - l0 / d_sae))).values.item()
 
 
+def fill(sae, W_dec, bias):
+    with torch.no_grad():
+        sae.W_dec.copy_(W_dec)
+        sae.W_enc.copy_(W_dec.T)
+        sae.b_gate.fill_(bias)
+
+
 def ours(losses):
     """Our training step, with `losses` a function of an SAE and x."""
 
     def build(x, W_dec, bias):
         sae = GatedSAE(x.shape[1], len(W_dec))
-        with torch.no_grad():
-            sae.W_dec.copy_(W_dec)
-            sae.W_enc.copy_(W_dec.T)
-            sae.b_gate.fill_(bias)
+        fill(sae, W_dec, bias)
         optimizer = torch.optim.Adam(sae.parameters(), lr=LR, betas=(0.0, 0.999), fused=True)
 
         def step(x):
@@ -76,10 +80,7 @@ def saelens(x, W_dec, bias):
     from sae_lens.training.sae_trainer import SAETrainer
 
     sae = saelens_model(x.shape[1], len(W_dec))
-    with torch.no_grad():
-        sae.W_dec.copy_(W_dec)
-        sae.W_enc.copy_(W_dec.T)
-        sae.b_gate.fill_(bias)
+    fill(sae, W_dec, bias)
     config = SAETrainerConfig(
         total_training_samples=10**9, train_batch_size_samples=len(x), lr=LR, lr_end=LR
     )
@@ -99,8 +100,8 @@ def dictionary_learning(x, W_dec, bias):
 
 
 RUNS = {
-    "sparse": ours(lambda sae, x: sparse_losses(sae, x)[0]),
-    "dense": ours(lambda sae, x: sae.losses(x)),
+    "sparse": ours(sparse_losses),
+    "dense": ours(GatedSAE.losses),
     "product": product,
     "SAELens": saelens,
     "dictionary-learning": dictionary_learning,

@@ -1,5 +1,7 @@
 """Section 10: activations out of a model and x̂ back into it."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given
@@ -150,10 +152,29 @@ def test_the_hook_is_gone_after_an_exception(model):
 
 def test_what_cannot_be_spliced_in_is_named(model):
     with (
-        pytest.raises(ValueError, match="put is 'mean', expected an SAE, 'zero' or a tensor"),
+        pytest.raises(ValueError, match="put is 'mean', expected a single SAE, 'zero' or a tensor"),
         splice(model.first, "mean"),
     ):
         pass
+    with pytest.raises(ValueError, match="put is GatedSAE.*, expected a single SAE"):
+        splice(model.first, random_sae("gated", (6, 16), 0, stack=(2,))).__enter__()
+
+
+def test_a_namedtuple_stays_one():
+    class Pair(NamedTuple):
+        x: torch.Tensor
+        cache: str
+
+    class Gives(nn.Module):
+        def forward(self, x):
+            return Pair(x, "cache")
+
+    module, x = Gives(), torch.ones(3, 6)
+    with splice(module, "zero"):
+        out = module(x)
+    assert isinstance(out, Pair)
+    assert_equal(out.x, torch.zeros(3, 6))
+    assert out.cache == "cache"
 
 
 def test_loss_recovered_with_both_ablations(model):

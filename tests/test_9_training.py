@@ -22,7 +22,7 @@ from random_saes import (
 from torch.nn import functional as F
 
 import gated_sae
-from gated_sae import GatedSAE, StandardSAE, evaluate, resample, train
+from gated_sae import GatedSAE, StandardSAE, Trainer, evaluate, resample, train
 from toy_data import SuperpositionData
 
 DATA = SuperpositionData(8, 16, firing=0.1, seed=3)
@@ -303,7 +303,7 @@ def test_who_was_silent_in_every_step_since_the_last_time_is_resampled(monkeypat
     fires = torch.stack([(sae.encode(x) > 0).any(-2) for x in batches])  # (step, *stack, d_sae)
     calls = []
 
-    def resample(sae, dead, x, generator, optimizer):
+    def resample(sae, dead, x, generator, optimizer, sparse):
         assert torch.equal(x, batches[3 * len(calls) + 2])
         assert optimizer.state[sae.W_enc]["step"] == 3 * len(calls) + 3
         calls.append(dead.clone())
@@ -610,12 +610,14 @@ def test_training_on_the_gpu_is_training_on_the_cpu(variant):
 
 
 def test_defaults_are_those_the_docstring_cites():
-    defaults = {k: p.default for k, p in inspect.signature(train).parameters.items()}
+    defaults = {k: p.default for k, p in inspect.signature(Trainer).parameters.items()}
     assert (defaults["lr"], defaults["betas"]) == (3e-4, (0.0, 0.999))
 
 
 def test_the_device_is_the_one_asked_for_or_the_accelerator_or_the_cpu(monkeypatch):
-    """The meta device stands in for an accelerator: there the first step has no number to check."""
+    """The meta device stands in for an accelerator; there it has no generators."""
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda *device: generator())
     cases = ("meta", "cpu", "cpu"), (None, None, "cpu"), ("meta", None, "meta")
     for found, device, used in cases:
         answer = found and torch.device(found)
@@ -625,6 +627,20 @@ def test_the_device_is_the_one_asked_for_or_the_accelerator_or_the_cpu(monkeypat
         sae = GatedSAE(8, 16, penalty="norm_frozen")  # no norm to look at
         train(sae, [], l1=0.1, steps=1, device=device)
         assert sae.W_dec.device.type == used
+
+
+def test_a_trainer_takes_its_steps_and_no_more():
+    trainer = Trainer(GatedSAE(8, 16), l1=0.1, steps=3, device="cpu")
+    batches = list(itertools.islice(DATA.batches(16, seed=0), 3))
+    records = [trainer.step(x) for x in batches]
+    assert [record.step for record in records] == [1, 2, 3]
+    assert trainer.done == 3
+    with pytest.raises(ValueError, match="all 3 steps are done"):
+        trainer.step(batches[0])
+    sae = GatedSAE(8, 16)
+    (*_, last) = train(sae, batches, l1=0.1, steps=3, device="cpu")
+    assert_equal(dict(trainer.sae.state_dict()), dict(sae.state_dict()), rtol=0, atol=0)
+    assert_equal(last.losses, records[-1].losses, rtol=0, atol=0)
 
 
 def test_without_penalty_or_ramps_training_still_runs():
