@@ -652,7 +652,8 @@ class Trainer:
     lr_warmup, l1_warmup, lr_decay
                shares of the steps in which lr and λ rise linearly, and in which lr falls at the end
     resample_every
-               after every so many steps but the last, `resample` what has not fired in them
+               after every so many steps but the last, `resample` what has not fired in them, and
+               so had no gradient in W_dec
     sparse     whether to take the path of section 11. None: wherever it is faster. It changes no
                result beyond rounding
     autocast   say torch.bfloat16: dense products in it. Parameters, sums and losses stay float32
@@ -710,10 +711,8 @@ class Trainer:
         resamples = self.resample_every and step % self.resample_every == 0 and step < self.steps
         on_cpu = x.device.type == "cpu"
         if step % 20 == 0 if on_cpu else wait:
-            self.density = density(sae, x)
+            self.density = (sae.encode(x[..., :32, :]) > 0).float().mean().item()
         sparse = is_sparse(sae, x, self.density, self.sparse)
-        if self.resample_every:
-            self.silent &= ~fired(sae, x, sparse)
         amp = torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None)
         with amp, torch.enable_grad():  # gradients also where the caller has switched them off
             losses = sparse_losses(sae, x) if sparse else sae.losses(x)
@@ -724,6 +723,8 @@ class Trainer:
         self.optimizer.found_inf = self.broken.float()  # if 1, fused Adam takes no step
         self.optimizer.zero_grad()
         total.backward(torch.ones_like(total))
+        if self.resample_every:  # a latent that fires on no row leaves its d_i without a gradient
+            self.silent &= (sae.W_dec.grad == 0).all(-1)
         self.optimizer.param_groups[0]["lr"] = lr
         if sae.unit_norm:
             step_on_unit_norm(self.optimizer, sae.W_dec)
@@ -1052,8 +1053,8 @@ def candidates(x: Tensor, C: Tensor, b: Tensor, dtype: torch.dtype) -> Support:
         c, b_c = (v[member, first : first + width] for v in (C, b))
         c = torch.cat([c, eps * c.norm(dim=-1, keepdim=True), b_c + eps * b_c.abs()], -1).to(dtype)
         pi = torch.mm(c, A[member].mT, out=buffer[: len(c)])
-        found.append(positions(~(pi <= 0)).add_((member * d_sae + first) * batch))
-    flat = torch.cat(found)
+        found.append((~(pi <= 0)).view(-1).nonzero() + (member * d_sae + first) * batch)
+    flat = torch.cat(found).view(-1)
     latent = flat // batch
     return Support(latent, flat % batch + latent // d_sae * batch, x.shape, b.shape[:-1])
 
@@ -1065,15 +1066,6 @@ def rounding(dtype: torch.dtype) -> float:
     except RuntimeError:  # set by the newer switches, of which this function knows nothing
         whole = False
     return torch.finfo(dtype if whole else torch.bfloat16).eps
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Where a flattened mask is true. `nonzero` takes time for each false: look at 8 at once."""
-    if mask.numel() % 8:
-        return mask.view(-1).nonzero().view(-1)
-    words = mask.view(-1).view(torch.int64).nonzero().view(-1)
-    word, byte = mask.view(-1, 8)[words].nonzero(as_tuple=True)
-    return words[word].mul_(8).add_(byte)
 
 
 def sparse_paths(sae: SAE, x: Tensor) -> tuple[Support, Tensor, Tensor]:
@@ -1130,21 +1122,6 @@ def is_sparse(sae: SAE, x: Tensor, density: float, sparse: bool | None) -> bool:
         raise ValueError(f"sparse is True for {sae} and {x.dtype} on {x.device}, expected {wanted}")
     many = x.shape[-2] * sae.b_dec[..., 0].numel() * sae.d_sae > 2**17
     return able and many and density < 1 / 16 if sparse is None else sparse
-
-
-@torch.no_grad()
-def density(sae: SAE, x: Tensor) -> float:
-    """The share of latents that fire on a row, by the first 32."""
-    return (sae.encode(x[..., :32, :]) > 0).float().mean().item()
-
-
-@torch.no_grad()
-def fired(sae: SAE, x: Tensor, sparse: bool) -> Tensor:
-    """Whether each latent fires on any row: (*stack, d_sae)."""
-    if not sparse:
-        return (sae.encode(x) > 0).any(-2)
-    support, _, f = sparse_paths(sae, x)
-    return support.per_latent((f > 0).to(f)) > 0
 
 
 def reconstruct(sae: SAE, x: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -1508,6 +1485,8 @@ def check_schedule(trainer: Trainer, l1: float | Tensor) -> None:
     check_positive("steps", trainer.steps)
     if trainer.resample_every is not None:
         check_positive("resample_every", trainer.resample_every)
+        if not trainer.sae.W_dec.requires_grad:
+            raise ValueError("W_dec is frozen, expected resample_every=None or a trained W_dec")
     if not (isinstance(trainer.lr, Real) and 0 < trainer.lr < math.inf):
         raise ValueError(f"lr is {trainer.lr}, expected a positive number")
     sae, shares = trainer.sae, trainer.shares

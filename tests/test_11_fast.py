@@ -17,7 +17,6 @@ from gated_sae import (
     candidates,
     evaluate,
     find_support,
-    positions,
     rounding,
     sparse_losses,
     train,
@@ -83,12 +82,6 @@ def test_the_size_of_blocks_changes_nothing(block, monkeypatch):
     found, z = find_support((x - sae.b_dec.unsqueeze(-2)).detach(), sae.W_enc, sae.b_gate)
     assert_equal((found.row, found.latent), (expected.row, expected.latent))
     assert_equal(z, before)
-
-
-@given(st.integers(1, 200), st.floats(0, 1), seeds)
-def test_positions_are_where_the_mask_is_true(n, share, seed):
-    mask = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < share
-    assert_equal(positions(mask), mask.nonzero().view(-1))
 
 
 # -- The rough product misses nothing --------------------------------------------------------------

@@ -22,7 +22,15 @@ from random_saes import (
 from torch.nn import functional as F
 
 import gated_sae
-from gated_sae import GatedSAE, StandardSAE, Trainer, evaluate, resample, train
+from gated_sae import (
+    GatedSAE,
+    StandardSAE,
+    Trainer,
+    evaluate,
+    resample,
+    rescale_and_shift,
+    train,
+)
 from toy_data import SuperpositionData
 
 DATA = SuperpositionData(8, 16, firing=0.1, seed=3)
@@ -641,6 +649,12 @@ def test_a_trainer_takes_its_steps_and_no_more():
     (*_, last) = train(sae, batches, l1=0.1, steps=3, device="cpu")
     assert_equal(dict(trainer.sae.state_dict()), dict(sae.state_dict()), rtol=0, atol=0)
     assert_equal(last.losses, records[-1].losses, rtol=0, atol=0)
+
+
+def test_a_frozen_decoder_cannot_be_resampled():
+    sae = rescale_and_shift(StandardSAE(8, 16))
+    with pytest.raises(ValueError, match="W_dec is frozen, expected resample_every=None"):
+        Trainer(sae, l1=0.1, steps=3, device="cpu", resample_every=1)
 
 
 def test_without_penalty_or_ramps_training_still_runs():
