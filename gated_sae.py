@@ -39,11 +39,15 @@ practice later); dead latents are resampled on request only; the untied variant 
 W_mag has scales of its own; the learning rate warms up and falls over shares of the run.
 """
 
+import argparse
 import itertools
 import json
 import math
 import operator
 import os
+import pickle
+import signal
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -737,13 +741,14 @@ class Trainer:
         return Record(step, lr, l1, Losses(*(term.detach() for term in losses)))
 
     def run(self, batches: Iterable[Tensor], log_every: int) -> Iterator[Record]:
-        """The steps that are left; see `train`."""
+        """The steps that are left, with metrics every `log_every` steps: see `train`."""
         for x in itertools.islice(stream(self.sae, batches), self.steps - self.done):
             logs = self.done + 1 in (1, self.steps) or (self.done + 1) % log_every == 0
             record = self.step(x, wait=logs)
             if logs:
                 sparse = is_sparse(self.sae, x, self.density, self.sparse)
-                yield record._replace(metrics=evaluate(self.sae, [x], sparse))
+                record = record._replace(metrics=evaluate(self.sae, [x], sparse))
+            yield record
         if self.done < self.steps:
             ended = f"batches ended after {self.done} of {self.steps} steps"
             raise ValueError(f"{ended}; the SAE keeps these")
@@ -762,7 +767,8 @@ def train(
     leave the SAE as before that step.
     """
     check_positive("log_every", log_every)
-    return Trainer(sae, **options).run(batches, log_every)
+    run = Trainer(sae, **options).run(batches, log_every)
+    return (record for record in run if record.metrics)
 
 
 # -- 10 · On a real model --------------------------------------------------------------------------
@@ -1510,3 +1516,297 @@ def check_finite(broken: Tensor, total: Tensor, x: Tensor, step: int) -> None:
         if total.isfinite().all():  # on a GPU, where not every step is looked at
             cause = "an earlier loss, since the last record, was not finite"
         raise ValueError(f"step {step}: {cause}; the SAE is as it was before this step")
+
+
+# -- 14 · The command line -------------------------------------------------------------------------
+# `python gated_sae.py train --help`. Activations come from files of any size. A run that stopped
+# goes on where it was, on a CPU to the bit: its batches are a function of seed and step.
+
+HELD = 2**28  # bytes of activations that are shuffled in memory at once
+CHECKPOINT_FILE = "checkpoint.pt"
+
+
+class Activations:
+    """Rows (n, d_in) of floats in a .npy or .safetensors file, or in a folder of such shards.
+
+    Only what is needed is read, and mapped for no longer. ValueError, which names the file, if one
+    is cut off, unlike the others, no 2-D array of floats (nothing is unpickled), or has a NaN.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = path = Path(path)
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        self.files = [file for file in found if file.suffix in (".npy", ".safetensors")]
+        if not self.files:
+            raise ValueError(f"{path} is or holds no .npy or .safetensors file")
+        self.lengths, kinds = [], {}
+        for file in self.files:
+            (n, *width), dtype, _ = _open_rows(file)
+            self.lengths.append(n)
+            kinds.setdefault((*width, dtype), file)
+        if len(kinds) > 1:
+            kinds = {str(file): kind for kind, file in kinds.items()}
+            raise ValueError(f"shards differ in width or dtype: {kinds}, expected all alike")
+        ((self.d_in, self.dtype),) = kinds
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def read(self, file: int, first: int, last: int) -> Tensor:
+        """Some rows of one file."""
+        *_, read = _open_rows(self.files[file])
+        if not (x := read(first, last)).isfinite().all():
+            n, starts = self.lengths[file], range(0, self.lengths[file], 4096)
+            bad = torch.cat([(~read(i, min(i + 4096, n)).isfinite()).any(-1) for i in starts])
+            which = f"{int(bad.sum())} of {n} rows, first in row {int(bad.nonzero()[0])}"
+            raise ValueError(f"{self.files[file]}: NaN or infinity in {which}")
+        return x
+
+    def in_order(self, batch: int) -> Iterator[Tensor]:
+        """Every row once, (≤ batch, d_in) at a time."""
+        for file, n in enumerate(self.lengths):
+            for first in range(0, n, batch):
+                yield self.read(file, first, min(first + batch, n))
+
+    def batches(self, batch: int, seed: int = 0, start: int = 0) -> Iterator[Tensor]:
+        """Batches (batch, d_in) without end, from number `start` on.
+
+        In each epoch the files are cut into blocks, which are shuffled; then all rows within as
+        many blocks as HELD bytes take. What fills no batch at the end of an epoch is left out.
+        """
+        import numpy as np
+
+        size = max(64, len(self) // 2**20)  # of a block
+        parts = ((i, a, n) for i, n in enumerate(self.lengths) for a in range(0, n, size))
+        blocks = np.array([(i, a, min(size, n - a)) for i, a, n in parts])
+        per_epoch = len(self) // check_positive("batch", batch)
+        if not per_epoch:
+            raise ValueError(f"{self.path} has {len(self)} rows, expected a batch of {batch}")
+        held = max(1, HELD // (batch * self.d_in * self.dtype.itemsize))
+        while True:
+            epoch, number = divmod(start, per_epoch)
+            window = number // held
+            first, last = window * held * batch, min((window + 1) * held, per_epoch) * batch
+            shuffled = blocks[np.random.default_rng([seed, epoch]).permutation(len(blocks))]
+            ends = shuffled[:, 2].cumsum()
+            x = torch.empty(last - first, self.d_in, dtype=self.dtype)
+            inside = (ends > first) & (ends - shuffled[:, 2] < last)
+            for (file, a, n), end in zip(shuffled[inside], ends[inside], strict=True):
+                lo, hi = max(first, end - n), min(last, end)
+                x[lo - first : hi - first] = self.read(file, a + lo - end + n, a + hi - end + n)
+            order = np.random.default_rng([seed, epoch, window]).permutation(last - first)
+            for chosen in torch.from_numpy(order).split(batch)[number % held :]:
+                yield x[chosen]
+                start += 1
+
+
+def _open_rows(file: Path) -> tuple[tuple[int, int], torch.dtype, Callable[[int, int], Tensor]]:
+    """Shape and dtype of the array in a file, and a function that reads rows from first to last."""
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".npy":
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            native = array.dtype.newbyteorder("=")
+            shape, dtype = array.shape, torch.from_numpy(np.empty(0, native)).dtype
+            read = lambda first, last: torch.from_numpy(np.array(array[first:last], native))  # noqa: E731
+        else:
+            with safe_open(file, "pt") as tensors:
+                (name,) = tensors.keys()
+                array = tensors.get_slice(name)
+            shape, dtype = array.get_shape(), array[:0].dtype
+            read = lambda first, last: array[first:last]  # noqa: E731
+        if len(shape) != 2 or not all(shape) or not dtype.is_floating_point:
+            raise ValueError(f"{dtype} {tuple(shape)}")
+    except (ValueError, TypeError, AttributeError, OSError, EOFError, SafetensorError) as error:
+        raise ValueError(f"{file}: {error}, expected one array (rows, d_in) of floats") from None
+    return tuple(shape), dtype, read
+
+
+def save_checkpoint(trainer: Trainer, folder: str | os.PathLike, run: dict) -> None:
+    """All that the next step depends on, and the SAE as `save` writes it.
+
+    `run` holds what else defines the run, numbers and strings. A kill at any moment, or a full
+    disk, leaves the last checkpoint.
+    """
+    state = dict(
+        run=run,
+        sae=trainer.sae.state_dict(),
+        optimizer=trainer.optimizer.state_dict(),
+        done=trainer.done,
+        density=trainer.density,
+        silent=trainer.silent,
+        generator=trainer.generator.get_state(),
+    )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _replace(Path(folder) / CHECKPOINT_FILE, lambda new: torch.save(state, new))
+    save(trainer.sae, folder)
+
+
+def load_checkpoint(trainer: Trainer, folder: str | os.PathLike, run: dict) -> None:
+    """Brings a Trainer made alike to where `save_checkpoint` was. ValueError if `run` differs."""
+    path = Path(folder) / CHECKPOINT_FILE
+    try:
+        state = torch.load(path, map_location=trainer.sae.W_dec.device, weights_only=True)
+        held = state["run"]
+    except (OSError, EOFError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: {error}, expected a checkpoint") from None
+    if held != run:
+        differ = {k: (held.get(k), run.get(k)) for k in held | run if held.get(k) != run.get(k)}
+        raise ValueError(f"{path} is of another run; (held, given) differ in {differ}")
+    trainer.sae.load_state_dict(state["sae"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.done, trainer.density, trainer.silent = (
+        state[k] for k in ("done", "density", "silent")
+    )
+    trainer.generator.set_state(state["generator"].cpu())
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    data, out = Activations(args.activations), Path(args.out)
+    steps = args.steps or max(1, len(data) // args.batch)
+    trainer = Trainer(
+        ARCHITECTURES[args.variant](
+            data.d_in,
+            args.d_sae,
+            generator=torch.Generator().manual_seed(args.seed),
+            dtype=torch.float64 if args.dtype == "float64" else torch.float32,
+            **({"tied": False} if args.variant == "gated_untied" else {}),
+        ),
+        l1=args.l1,
+        steps=steps,
+        lr=args.lr,
+        resample_every=args.resample_every,
+        autocast=torch.bfloat16 if args.dtype == "bfloat16" else None,
+        device=args.device,
+    )
+    own = "activations", "out", "resume", "device", "log_every", "checkpoint_every", "command"
+    run = {name: value for name, value in vars(args).items() if name not in own}
+    run |= dict(steps=steps, rows=len(data), d_in=data.d_in)
+    if args.resume and (out / CHECKPOINT_FILE).exists():
+        load_checkpoint(trainer, out, run)
+    elif (out / WEIGHTS_FILE).exists() or (not args.resume and out.exists()):
+        raise ValueError(f"{out} exists, expected a new folder, or --resume and one with its run")
+    batches, stops = data.batches(args.batch, args.seed, trainer.done), []
+    bar = tqdm(total=steps, initial=trainer.done, desc=args.variant, unit="step")
+    with stopping(stops.append), bar:
+        for record in trainer.run(batches, args.log_every):
+            bar.update()
+            if m := record.metrics:
+                shown = dict(loss=record.losses.total(record.l1), L0=m.l0, FVU=m.fvu, gamma=m.gamma)
+                bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+            if stops or record.step == steps or record.step % args.checkpoint_every == 0:
+                save_checkpoint(trainer, out, run)
+            if stops and record.step < steps:
+                raise ValueError(f"stopped after step {record.step} of {steps}; --resume goes on")
+
+
+@contextmanager
+def stopping(stop: Callable[[int], object]) -> Iterator[None]:
+    """Within, SIGINT and SIGTERM only call `stop`."""
+    caught = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(number, lambda number, frame: stop(number)) for number in caught]
+    try:
+        yield
+    finally:
+        for number, handler in zip(caught, before, strict=True):
+            signal.signal(number, handler)
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    data = Activations(args.activations)
+    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    batches = -(-torch.tensor(data.lengths) // args.batch)
+    m = evaluate(load(args.sae, device), tqdm(data.in_order(args.batch), total=int(batches.sum())))
+    names = "l0", "fvu", "gamma", "cosine_squared", "norm_ratio", "l1_norm", "dead_fraction"
+    found = {"rows": m.n_rows} | {name: getattr(m, name).item() for name in names}
+    if args.json:
+        print(json.dumps(found))
+    else:
+        print("\n".join(f"{name:14}{value:14.6g}" for name, value in found.items()))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, and what `--help` says of it."""
+
+    def number(kind: type, least: float) -> Callable:
+        def parse(text: str) -> float:
+            if not least <= (value := kind(text)) < math.inf:
+                raise ValueError
+            return value
+
+        parse.__name__ = f"{kind.__name__} ≥ {least:g}"  # argparse: "invalid int ≥ 1 value"
+        return parse
+
+    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(description=HELP, **layout)
+    commands = top.add_subparsers(dest="command", required=True)
+    about = "train an SAE on activations, and save it"
+    add = commands.add_parser("train", help=about, description=TRAIN_HELP, **layout).add_argument
+    add("activations", help="a .npy or .safetensors file (rows, d_in), or a folder of them")
+    add("--out", required=True, help="folder of the run: weights, configuration, checkpoint")
+    add("--d-sae", required=True, type=number(int, 1), help="number of latents, say 8 d_in")
+    add("--l1", required=True, type=number(float, 0), help="λ: larger means fewer latents (L0)")
+    add("--variant", default="gated", choices=sorted(ARCHITECTURES), help="default: gated")
+    add("--steps", type=number(int, 1), help="default: as many as read each row once")
+    add("--batch", default=4096, type=number(int, 1), help="rows of a step; default: 4096")
+    add("--lr", default=3e-4, type=number(float, 1e-12), help="default: 3e-4; toy data: 1e-2")
+    add("--resample-every", type=number(int, 1), help="restart latents that died, every N steps")
+    add("--seed", default=0, type=number(int, 0), help="of weights and order; default: 0")
+    add("--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help=DTYPE_HELP)
+    add("--device", help="cpu, cuda, cuda:1, mps; default: the accelerator if there is one")
+    add("--log-every", default=100, type=number(int, 1), help="steps; default: 100")
+    add("--checkpoint-every", default=1000, type=number(int, 1), help="steps; default: 1000")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    about = "measure a saved SAE on activations"
+    add = commands.add_parser("eval", help=about, description=EVAL_HELP, **layout).add_argument
+    add("sae", help="folder of the SAE; those of SAELens will do")
+    add("activations", help="a .npy or .safetensors file (rows, d_in), or a folder of them")
+    add("--batch", default=4096, type=number(int, 1), help="rows at a time; default: 4096")
+    add("--device", help="as in train")
+    add("--json", action="store_true", help="one line of JSON in place of the table")
+    return top
+
+
+HELP = """Train and measure Gated Sparse Autoencoders on your own activations.
+
+  python gated_sae.py train activations.npy --d-sae 16384 --l1 1 --out runs/a
+  python gated_sae.py eval runs/a activations.npy
+
+A run writes SAELens's two files to its folder, and a checkpoint to go on from. Exit status: 0; 1 if
+the work failed or was stopped; 2 if the command makes no sense."""
+TRAIN_HELP = """Train an SAE on activations, read from disk as needed and shuffled by the seed.
+
+The bar shows, on the latest batch: loss; L0, how many latents fire on a row; FVU, the fraction of
+variance that is not explained; gamma, how long reconstructions are beside the best length (1 is
+unbiased). Find λ by a few short runs: raise --l1 until L0 is as low as you like, and no further,
+for FVU rises. λ goes with the scale of x.
+
+Ctrl-C, SIGTERM, or a crash: the same command with --resume goes on from the last checkpoint, and on
+a CPU ends with the very bits of a run that was never stopped."""
+EVAL_HELP = """Measure an SAE on all rows: means over the whole file, in one pass.
+
+l0: latents that fire on a row. fvu: fraction of variance unexplained. gamma: length of
+reconstructions beside the best one, 1 is unbiased, below 1 too short (shrinkage). cosine_squared: 1
+would be perfect directions. norm_ratio: E‖x̂‖² / E‖x‖². l1_norm: E‖f‖₁. dead_fraction: latents that
+never fired."""
+DTYPE_HELP = "of the weights, default: float32; bfloat16: float32 weights, products in bfloat16"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        (run_train if args.command == "train" else run_eval)(args)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

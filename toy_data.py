@@ -9,6 +9,7 @@ its own:
 An SAE sees x alone. Here D and f are known too, so one can ask whether it found them.
 """
 
+import argparse
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -340,3 +341,36 @@ def recovery(sae, data: SuperpositionData, rows: int = 20_000, seed: int = 1) ->
 
 def _cosines(D: Tensor, W_dec: Tensor) -> Tensor:
     return F.normalize(D.float(), dim=-1) @ F.normalize(W_dec.to(D.device).float(), dim=-1).T
+
+
+# -- A file of it: python toy_data.py activations.npy ----------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write rows to a .npy file, for the command line of gated_sae.py."""
+    import numpy as np
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("file", help="the .npy file to write")
+    for name, default, text in (
+        ("--rows", 1_000_000, "how many"),
+        ("--d-in", 64, "dimensions of a row"),
+        ("--features", 256, "true features, of which 5 fire on a row"),
+        ("--seed", 0, "of the features and of the rows"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=f"{text}; default: {default}")
+    args = parser.parse_args(arguments)
+    if not args.file.endswith(".npy"):
+        parser.error(f"file is {args.file!r}, expected one that ends in .npy")
+    firing = 5 / args.features
+    data = SuperpositionData(args.d_in, args.features, firing=firing, seed=args.seed)
+    shape = (args.rows, args.d_in)
+    out = np.lib.format.open_memmap(args.file, "w+", dtype=np.float32, shape=shape)
+    batches = data.batches(10_000, args.seed)
+    for first, x in zip(range(0, args.rows, 10_000), batches, strict=False):
+        out[first : first + 10_000] = x[: args.rows - first].numpy()
+    out.flush()
+
+
+if __name__ == "__main__":
+    main()
