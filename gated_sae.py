@@ -1657,9 +1657,7 @@ def load_checkpoint(trainer: Trainer, folder: str | os.PathLike, run: dict) -> N
         raise ValueError(f"{path} is of another run; (held, given) differ in {differ}")
     trainer.sae.load_state_dict(state["sae"])
     trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.done, trainer.density, trainer.silent = (
-        state[k] for k in ("done", "density", "silent")
-    )
+    trainer.done, trainer.density, trainer.silent = map(state.get, ("done", "density", "silent"))
     trainer.generator.set_state(state["generator"].cpu())
 
 

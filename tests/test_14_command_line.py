@@ -108,6 +108,21 @@ def test_rows_are_shuffled_by_the_seed_anew_in_each_epoch(tmp_path):
     assert np.abs(np.diff(np.concatenate(first[:4]))).mean() > 200  # neighbours come from far apart
 
 
+def test_each_epoch_and_each_window_has_an_order_of_its_own(tmp_path, monkeypatch):
+    """Windows of one batch, which is one block of 64 rows."""
+    np.save(tmp_path / "a.npy", numbered(16 * 64))
+    monkeypatch.setattr(gated_sae, "HELD", 1)
+    batches = itertools.islice(Activations(tmp_path / "a.npy").batches(64), 48)
+    windows = [where(x) for x in batches]
+    blocks = [x[0] // 64 for x in windows]
+    orders = {tuple(row % 64 for row in x) for x in windows}
+    assert all(
+        {row // 64 for row in x} == {block} for x, block in zip(windows, blocks, strict=True)
+    )
+    assert len({tuple(blocks[i : i + 16]) for i in (0, 16, 32)}) == 3
+    assert len(orders) == 48
+
+
 def test_little_more_is_in_memory_than_is_shuffled_at_once(tmp_path, monkeypatch):
     """Windows of 1024 rows out of 65 536."""
     np.save(tmp_path / "a.npy", numbered(2**16, 4))
@@ -458,7 +473,12 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(activations, t
 def test_a_checkpoint_of_another_run_changes_nothing(tmp_path):
     make = lambda: Trainer(GatedSAE(8, 16), l1=0.3, steps=10, device="cpu")  # noqa: E731
     trainer = make()
+    with torch.no_grad():
+        trainer.sae.b_gate[3] = -1e3
+    trainer.resample_every = 5
     trainer.step(torch.randn(32, 8))
+    torch.rand(7, generator=trainer.generator)
+    trainer.density = 0.25
     save_checkpoint(trainer, tmp_path, {"a": 1})
     fresh = make()
     before = {k: v.clone() for k, v in fresh.sae.state_dict().items()}
@@ -466,7 +486,9 @@ def test_a_checkpoint_of_another_run_changes_nothing(tmp_path):
         load_checkpoint(fresh, tmp_path, {"a": 2, "b": 3})
     assert_equal(dict(fresh.sae.state_dict()), before, rtol=0, atol=0)
     load_checkpoint(fresh, tmp_path, {"a": 1})
-    assert fresh.done == 1
+    assert (fresh.done, fresh.density) == (1, 0.25)
+    assert fresh.silent.nonzero().tolist() == [[3]]
+    assert torch.equal(fresh.generator.get_state(), trainer.generator.get_state())
     assert_equal(dict(fresh.sae.state_dict()), dict(trainer.sae.state_dict()), rtol=0, atol=0)
 
 
