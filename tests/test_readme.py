@@ -1,6 +1,7 @@
 """The README's code runs and prints what the README says; its tables are the committed results."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -33,6 +34,23 @@ def test_the_python_block_prints_what_the_text_block_shows(tmp_path):
     printed, promised = (list(map(float, NUMBER.findall(text))) for text in (run.stdout, shown))
     assert printed == pytest.approx(promised, rel=0.05)
     assert (tmp_path / "my_sae" / "cfg.json").exists()
+
+
+def test_the_commands_print_what_the_text_block_shows(tmp_path):
+    commands, shown = re.search(
+        r"```bash\n(.*?)```\n\nprints\n\n```text\n(.*?)```", README, re.S
+    ).groups()
+    for name in ("gated_sae.py", "toy_data.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for command in commands.splitlines():
+        args = [sys.executable, *command.split()[1:]]
+        run = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True, env=env)
+        assert run.returncode == 0, run.stderr
+    printed, promised = (dict(line.split() for line in t.splitlines()) for t in (run.stdout, shown))
+    assert printed.keys() == promised.keys()
+    for name, value in promised.items():
+        assert float(printed[name]) == pytest.approx(float(value), rel=0.05), name
 
 
 class Transformer(torch.nn.Module):
