@@ -1696,7 +1696,8 @@ def run_train(args: argparse.Namespace) -> None:
             if m := record.metrics:
                 shown = dict(loss=record.losses.total(record.l1), L0=m.l0, FVU=m.fvu, gamma=m.gamma)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
-            if stops or record.step == steps or record.step % args.checkpoint_every == 0:
+            # After step 1, too: a disk that will not do should say so at once.
+            if stops or record.step in (1, steps) or record.step % args.checkpoint_every == 0:
                 save_checkpoint(trainer, out, run)
             if stops and record.step < steps:
                 raise ValueError(f"stopped after step {record.step} of {steps}; --resume goes on")

@@ -470,6 +470,17 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(activations, t
     assert_same_end(tmp_path / "whole", out)
 
 
+def test_a_folder_that_cannot_be_written_to_stops_the_run_at_once(activations, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    args = train_args(activations, tmp_path / "file" / "a", "--checkpoint-every", "1000")
+    with pytest.MonkeyPatch.context() as patch:
+        steps, step = [], Trainer.step
+        patch.setattr(Trainer, "step", lambda *args, **kw: steps.append(1) or step(*args, **kw))
+        assert main(args) == 1
+    assert len(steps) == 1
+    assert "file" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_checkpoint_of_another_run_changes_nothing(tmp_path):
     make = lambda: Trainer(GatedSAE(8, 16), l1=0.3, steps=10, device="cpu")  # noqa: E731
     trainer = make()
