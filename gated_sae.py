@@ -31,8 +31,9 @@ module, which run as one.
 
 Map.  The ideas: 2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient vanishes ·
 5 the auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training. No idea uses a
-later one: stop after any section and own what came before. The engineering: 10 on a
-real model · 11 the fast exact path · 12 files and conversions · 13 upkeep.
+later one (checks and other upkeep aside): stop after any section and own what came before. The
+engineering: 10 on a real model · 11 the fast exact path · 12 files and conversions · 13 upkeep ·
+14 the command line.
 
 Departures from the paper: W_enc starts as a copy of W_dec transposed, and λ warms up (both became
 practice later); dead latents are resampled on request only; the untied variant has no r_mag, since
@@ -51,9 +52,10 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -107,7 +109,8 @@ def l1_penalty(f: Tensor, W_dec: Tensor, a: float = 1.0) -> Tensor:
     return f.sum(-1)
 
 
-PENALTIES = {"l1": l1_penalty}  # by name; section 7 adds its own
+# By name; section 7 adds its own. Each is a sum over latents, of terms that are 0 where f is.
+PENALTIES = {"l1": l1_penalty}
 
 
 def penalised_losses(x, f, charged, W_dec, b_dec, penalty=l1_penalty) -> Losses:
@@ -628,9 +631,8 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], sparse: bool | None = None) ->
 @torch.no_grad()
 def step_on_unit_norm(optimizer: torch.optim.Optimizer, W_dec: Tensor) -> None:
     """grad d_i ← grad d_i - (grad d_i · d_i) d_i; a step; d_i ← d_i / ‖d_i‖, 0 for 0."""
-    grads, units = (
-        v.flatten(0, -2).split(256) for v in (W_dec.grad, W_dec)
-    )  # small: they stay in cache
+    rows_at_once = 256 if W_dec.device.type == "cpu" else W_dec.numel()  # 256 stay in a CPU's cache
+    grads, units = (v.flatten(0, -2).split(rows_at_once) for v in (W_dec.grad, W_dec))
     for grad, d in zip(grads, units, strict=True):
         grad.addcmul_((grad * d).sum(-1, keepdim=True), d, value=-1)
     optimizer.step()
@@ -658,13 +660,16 @@ class Trainer:
     resample_every
                after every so many steps but the last, `resample` what has not fired in them, and
                so had no gradient in W_dec
-    sparse     whether to take the path of section 11. None: wherever it is faster. It changes no
-               result beyond rounding
-    autocast   say torch.bfloat16: dense products in it. Parameters, sums and losses stay float32
-    device     None: the accelerator if there is one, else the CPU; the SAE and each batch go there
+    sparse     whether to take the path of section 11. None: wherever it is faster (measured on
+               CPUs). It changes no result beyond rounding
+    autocast   say torch.bfloat16: products in it, on the dense path unless `sparse` is True, which
+               keeps float32. Parameters, sums and losses are float32 in any case
+    device     the SAE and each batch go there. None: where the SAE is, but from a CPU to the
+               accelerator if there is one
 
     A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. A half-precision SAE is a
-    TypeError: its rounding swallows the steps.
+    TypeError: its rounding swallows the steps. Where x lies far from the origin, as in language
+    models, let b_dec start at its mean: at this lr it would be long on its way there.
     """
 
     def __init__(
@@ -683,11 +688,12 @@ class Trainer:
         autocast: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        self.sae, self.steps, self.sparse, self.autocast = sae, steps, sparse, autocast
+        self.sae, self.steps, self.autocast = sae, steps, autocast
+        self.sparse = False if sparse is None and autocast else sparse
         self.lr, self.shares = lr, (lr_warmup, l1_warmup, lr_decay)
         self.resample_every = resample_every
         check_schedule(self, l1)
-        sae.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        sae.to(device or default_device(sae.W_dec.device))
         self.l1 = torch.as_tensor(l1).detach().clone().to(sae.W_enc)
         if sae.unit_norm:
             fold_decoder_norms(sae)
@@ -695,13 +701,13 @@ class Trainer:
         self.done, self.density = 0, 1.0  # steps taken; the share of latents that fire on a row
         self.silent = torch.ones(sae.W_dec.shape[:-1], dtype=torch.bool, device=sae.W_dec.device)
         self.broken = self.silent.new_zeros(())  # whether a loss was not finite
-        self.generator = torch.Generator(sae.W_dec.device).manual_seed(0)
+        self.generator = torch.Generator().manual_seed(0)
 
     def step(self, x: Tensor, wait: bool = False) -> Record:
-        """One step, on a batch as `stream` gives it, and its Record, but for the metrics.
+        """One step, on a batch as in `SAE.losses`, and its Record, but for the metrics.
 
         On a GPU the host runs ahead of the device, and to ask for a value is to wait for it. So
-        the loss is looked at, and the path chosen anew, only if told to `wait`.
+        there the loss is looked at, and the path chosen anew, only if told to `wait`.
         """
         sae, step, (lr_warmup, l1_warmup, lr_decay) = self.sae, self.done + 1, self.shares
         if step > self.steps:
@@ -713,10 +719,13 @@ class Trainer:
         lr = self.lr * min(ramp(step, lr_warmup), ramp(self.steps + 1 - step, lr_decay))
         l1 = self.l1 * ramp(step, l1_warmup)
         resamples = self.resample_every and step % self.resample_every == 0 and step < self.steps
+        (x,) = stream(sae, [x])
         on_cpu = x.device.type == "cpu"
-        if step % 20 == 0 if on_cpu else wait:
+        looks = step % 20 == 0 if on_cpu else wait
+        if looks:  # at a few rows: it costs next to nothing
             self.density = (sae.encode(x[..., :32, :]) > 0).float().mean().item()
         sparse = is_sparse(sae, x, self.density, self.sparse)
+        self.optimizer.zero_grad()
         amp = torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None)
         with amp, torch.enable_grad():  # gradients also where the caller has switched them off
             losses = sparse_losses(sae, x) if sparse else sae.losses(x)
@@ -725,7 +734,6 @@ class Trainer:
         if wait or resamples or on_cpu:
             check_finite(self.broken, total, x, step)
         self.optimizer.found_inf = self.broken.float()  # if 1, fused Adam takes no step
-        self.optimizer.zero_grad()
         total.backward(torch.ones_like(total))
         if self.resample_every:  # a latent that fires on no row leaves its d_i without a gradient
             self.silent &= (sae.W_dec.grad == 0).all(-1)
@@ -737,6 +745,7 @@ class Trainer:
         if resamples:
             resample(sae, self.silent, x, self.generator, self.optimizer, sparse)
             self.silent.fill_(True)
+            self.density = 1.0  # those revived fire often
         self.done = step
         return Record(step, lr, l1, Losses(*(term.detach() for term in losses)))
 
@@ -819,7 +828,7 @@ def shuffle(batches: Iterable[Tensor], batch: int, held: int, seed: int = 0) -> 
     """The rows of all `batches`, each once, `batch` at a time, in random order as far as `held` go.
 
     Rows of one text come together and are much alike. At most `held` are kept (and what is read
-    last): whenever so many are there, they are permuted, and half of them are given out.
+    last; twice that while they are permuted): whenever so many are there, half are given out.
     """
     check_positive("batch", batch), check_positive("held", held)
     generator, pool, n = torch.Generator().manual_seed(seed), [], 0
@@ -831,10 +840,12 @@ def shuffle(batches: Iterable[Tensor], batch: int, held: int, seed: int = 0) -> 
                 continue
         if n == 0:
             return
-        rows = torch.cat(pool)[torch.randperm(n, generator=generator).to(pool[0].device)]
+        order, x_held = torch.randperm(n, generator=generator), torch.cat(pool)
+        pool.clear()
+        x_held = x_held[order.to(x_held.device)]
         out = n if x is None else max(batch, (n - held // 2) // batch * batch)
-        yield from rows[:out].split(batch)
-        pool, n = [rows[out:].clone()], n - out
+        yield from x_held[:out].split(batch)
+        pool, n = [x_held[out:].clone()], n - out
 
 
 @contextmanager
@@ -992,7 +1003,7 @@ class Support:
     def products(self, A: Tensor, C: Tensor) -> Tensor:
         """A Cᵀ at the support: (nnz,)."""
         A, C = A.flatten(0, -2), C.flatten(0, -2)
-        S = csr(self.latent_starts, self.row, A.new_zeros(len(self.row)), (len(C), len(A)))
+        S = csr()(self.latent_starts, self.row, A.new_zeros(len(self.row)), (len(C), len(A)))
         return torch.sparse.sampled_addmm(S, C, A.mT, beta=0).values()
 
     def per_latent(self, s: Tensor) -> Tensor:
@@ -1004,10 +1015,14 @@ class Support:
         return v.flatten().index_select(0, self.latent)
 
 
-csr = partial(torch.sparse_csr_tensor, check_invariants=False)
-with warnings.catch_warnings():  # torch says once per process that these are in beta: here, unheard
-    warnings.simplefilter("ignore")
-    csr([0, 0], [], [], (1, 1))
+@cache
+def csr() -> Callable:
+    """torch.sparse_csr_tensor, which warns once in a process that it is in beta: here, unheard."""
+    make = partial(torch.sparse_csr_tensor, check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make([0, 0], [], [], (1, 1))
+    return make
 
 
 class Known(torch.autograd.Function):
@@ -1053,7 +1068,8 @@ def candidates(x: Tensor, C: Tensor, b: Tensor, dtype: torch.dtype) -> Support:
     eps += d_in * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     A = torch.cat([x, x.norm(dim=-1, keepdim=True), torch.ones_like(x[..., :1])], -1).to(dtype)
     A, C, b = A.view(-1, batch, d_in + 2), C.reshape(-1, d_sae, d_in), b.reshape(-1, d_sae, 1)
-    width, found = max(1, min(d_sae, BLOCK // batch)), []
+    most = BLOCK if x.device.type == "cpu" else 16 * BLOCK
+    width, found = max(1, min(d_sae, most // batch)), []
     buffer = A.new_empty(width, batch)  # one for all: fresh memory costs as much as the product
     for member, first in itertools.product(range(len(A)), range(0, d_sae, width)):
         c, b_c = (v[member, first : first + width] for v in (C, b))
@@ -1082,7 +1098,8 @@ def sparse_paths(sae: SAE, x: Tensor) -> tuple[Support, Tensor, Tensor]:
 
     def gradients(grad: Tensor) -> tuple[Tensor, Tensor]:  # of b_dec and W_enc
         b_grad = sae.W_enc.detach() @ support.per_latent(grad).unsqueeze(-1)
-        return -b_grad.squeeze(-1), support.to_latents(grad, centred).mT
+        W_grad = support.to_latents(grad, centred).mT if sae.W_enc.requires_grad else None
+        return -b_grad.squeeze(-1), W_grad
 
     z = Known.apply(z, gradients, sae.b_dec, sae.W_enc)
     f = f_gate = F.relu(z + support.per_entry(b))
@@ -1135,11 +1152,10 @@ def reconstruct(sae: SAE, x: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tens
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     if sparse:
         support, _, f = sparse_paths(sae, x)
-        x_hat, total = support.to_rows(f, sae.W_dec) + rows(sae.b_dec), support.per_latent
-    else:
-        f = sae.encode(x)
-        x_hat, total = sae.decode(f), lambda s: s.sum(-2)
-    return x_hat.to(wide), total(f.to(wide)), total((f > 0).to(wide))
+        x_hat = support.to_rows(f, sae.W_dec) + rows(sae.b_dec)
+        return x_hat.to(wide), *(support.per_latent(s.to(wide)) for s in (f, f > 0))
+    f = sae.encode(x)
+    return sae.decode(f).to(wide), *(s.sum(-2, dtype=wide) for s in (f, f > 0))
 
 
 # -- 12 · Files and conversions --------------------------------------------------------------------
@@ -1164,6 +1180,7 @@ def save(sae: SAE, folder: str | os.PathLike) -> None:
     there are no weights and never changes under them, and the weights are replaced in one move.
     (One process at a time may save to a folder.)
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder, sae = Path(folder), getattr(sae, "_orig_mod", sae)  # torch.compile wraps modules
@@ -1175,16 +1192,15 @@ def save(sae: SAE, folder: str | os.PathLike) -> None:
     _fill(blank, tensors, "the SAE")  # what could not be loaded is not saved
     if (folder / WEIGHTS_FILE).exists():
         held = _describe(_blank(folder))
-        differ = {
-            k: (held.get(k), given.get(k)) for k in held | given if held.get(k) != given.get(k)
-        }
-        if differ:
-            raise ValueError(f"{folder} holds another SAE; (held, given) differ in {differ}")
+        check_same(f"{folder} holds another SAE", held, given)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         config = given | PREPROCESSING | dict(device="cpu", metadata={})
         _replace(folder / CONFIG_FILE, lambda new: new.write_text(json.dumps(config, indent=2)))
-    _replace(folder / WEIGHTS_FILE, lambda new: save_file(tensors, new))
+    try:
+        _replace(folder / WEIGHTS_FILE, lambda new: save_file(tensors, new))
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{folder / WEIGHTS_FILE}: {error}") from None
 
 
 def load(folder: str | os.PathLike, device: torch.device | str = "cpu") -> SAE:
@@ -1287,8 +1303,10 @@ def _fill(sae: SAE, tensors: Mapping[str, Tensor], source) -> SAE:
     found = {name: (*t.shape, t.dtype) for name, t in tensors.items()}
     if found != expected:
         raise ValueError(f"{source}: the weights are {found}, expected {expected}")
-    for name in sae.state_dict().keys() & {"W_enc", "W_mag"}:  # in memory as they start
-        tensors = {**tensors, name: tensors[name].mT.contiguous().mT}
+    tensors = {  # in memory as they start
+        name: t.mT.contiguous().mT if name in ("W_enc", "W_mag") else t.contiguous()
+        for name, t in tensors.items()
+    }
     sae.load_state_dict(tensors, assign=True)
     return sae
 
@@ -1391,7 +1409,8 @@ def resample(
     tiny = torch.finfo(error.dtype).tiny
     weight = F.normalize(error, p=math.inf, dim=-1, eps=tiny).square() + tiny
     # Rows are drawn twice only if they are too few: two equal latents would stay equal for ever.
-    drawn = torch.multinomial(weight.view(-1, batch), n, n > batch, generator=generator)
+    weight = weight.view(-1, batch).to(generator.device)
+    drawn = torch.multinomial(weight, n, n > batch, generator=generator).to(x.device)
     nth = (dead.cumsum(-1) - 1).clamp_min(0)  # the nth dead latent gets the nth row drawn
     drawn = drawn.view(*sae.stack, n).gather(-1, nth).unsqueeze(-1)
     d = F.normalize((x - rows(sae.b_dec)).take_along_dim(drawn, -2), dim=-1)  # as W_dec
@@ -1408,6 +1427,13 @@ def resample(
             if key != "step":
                 fresh = mean_of_living(moment, is_dead) if key == "exp_avg_sq" else 0.0
                 moment.copy_(torch.where(is_dead, fresh, moment))
+
+
+def default_device(given: torch.device | str = "cpu") -> torch.device:
+    """The accelerator if there is one, unless another device was given."""
+    given = torch.device(given)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found if found and given.type == "cpu" else given
 
 
 # Then, what is refused. Each error says what came and what was expected.
@@ -1469,7 +1495,7 @@ def stream(sae: SAE, batches: Iterable[Tensor], whole: bool = False) -> Iterator
     for number, x in enumerate(batches):
         if isinstance(x, Tensor) and x.is_floating_point():
             # Detached: the model that made x is not being trained.
-            x = x.detach().to(sae.W_enc.device, sae.W_enc.dtype)
+            x = x.detach().to(sae.W_enc.device).to(sae.W_enc.dtype)  # in this order: fewer bytes
         try:
             check_rows(sae, x, only_batches=True)
             if whole and not x.isfinite().all():
@@ -1481,9 +1507,16 @@ def stream(sae: SAE, batches: Iterable[Tensor], whole: bool = False) -> Iterator
         raise ValueError("batches is empty, expected at least one batch")
 
 
-def bad_rows(x: Tensor) -> str:
+def check_same(what: str, held: dict, given: dict) -> None:
+    differ = {k: (held.get(k), given.get(k)) for k in held | given if held.get(k) != given.get(k)}
+    if differ:
+        raise ValueError(f"{what}; (held, given) differ in {differ}")
+
+
+def bad_rows(x: Tensor, start: int = 0) -> str:
     bad = (~x.isfinite()).any(-1).flatten().nonzero().flatten()
-    return f"NaN or infinity in {len(bad)} of {x[..., 0].numel()} rows, first in row {int(bad[0])}"
+    first = start + int(bad[0])
+    return f"NaN or infinity in {len(bad)} of {x[..., 0].numel()} rows, first in row {first}"
 
 
 def check_schedule(trainer: Trainer, l1: float | Tensor) -> None:
@@ -1515,6 +1548,7 @@ def check_finite(broken: Tensor, total: Tensor, x: Tensor, step: int) -> None:
         cause = f"the loss is {total.tolist()}" if x.isfinite().all() else bad_rows(x)
         if total.isfinite().all():  # on a GPU, where not every step is looked at
             cause = "an earlier loss, since the last record, was not finite"
+        broken.zero_()  # it was told: the next batch may be better
         raise ValueError(f"step {step}: {cause}; the SAE is as it was before this step")
 
 
@@ -1523,7 +1557,7 @@ def check_finite(broken: Tensor, total: Tensor, x: Tensor, step: int) -> None:
 # goes on where it was, on a CPU to the bit: its batches are a function of seed and step.
 
 HELD = 2**28  # bytes of activations that are shuffled in memory at once
-CHECKPOINT_FILE = "checkpoint.pt"
+CHECKPOINT_FILE, LOG_FILE = "checkpoint.pt", "log.jsonl"
 
 
 class Activations:
@@ -1536,30 +1570,31 @@ class Activations:
     def __init__(self, path: str | os.PathLike):
         self.path = path = Path(path)
         found = sorted(path.iterdir()) if path.is_dir() else [path]
-        self.files = [file for file in found if file.suffix in (".npy", ".safetensors")]
+        kinds = ".npy", ".safetensors"
+        self.files = [f for f in found if f.suffix in kinds and not f.name.startswith(".")]
         if not self.files:
             raise ValueError(f"{path} is or holds no .npy or .safetensors file")
-        self.lengths, kinds = [], {}
+        self.lengths, alike = [], {}
         for file in self.files:
-            (n, *width), dtype, _ = _open_rows(file)
+            (n, d_in), dtype, _ = _open_rows(file)
             self.lengths.append(n)
-            kinds.setdefault((*width, dtype), file)
-        if len(kinds) > 1:
-            kinds = {str(file): kind for kind, file in kinds.items()}
-            raise ValueError(f"shards differ in width or dtype: {kinds}, expected all alike")
-        ((self.d_in, self.dtype),) = kinds
+            alike.setdefault((d_in, dtype), str(file))
+        if len(alike) > 1:
+            raise ValueError(f"shards differ in width or dtype: {alike}, expected all alike")
+        ((self.d_in, self.dtype),) = alike
 
     def __len__(self) -> int:
         return sum(self.lengths)
 
+    def describe(self) -> str:
+        return f"{len(self)} rows of {self.d_in} {self.dtype} in {len(self.files)} files"
+
     def read(self, file: int, first: int, last: int) -> Tensor:
         """Some rows of one file."""
         *_, read = _open_rows(self.files[file])
-        if not (x := read(first, last)).isfinite().all():
-            n, starts = self.lengths[file], range(0, self.lengths[file], 4096)
-            bad = torch.cat([(~read(i, min(i + 4096, n)).isfinite()).any(-1) for i in starts])
-            which = f"{int(bad.sum())} of {n} rows, first in row {int(bad.nonzero()[0])}"
-            raise ValueError(f"{self.files[file]}: NaN or infinity in {which}")
+        x = read(first, last)
+        if not torch.stack(x.aminmax()).isfinite().all():
+            raise ValueError(f"{self.files[file]}, from row {first} on: {bad_rows(x, first)}")
         return x
 
     def in_order(self, batch: int) -> Iterator[Tensor]:
@@ -1571,33 +1606,50 @@ class Activations:
     def batches(self, batch: int, seed: int = 0, start: int = 0) -> Iterator[Tensor]:
         """Batches (batch, d_in) without end, from number `start` on.
 
-        In each epoch the files are cut into blocks, which are shuffled; then all rows within as
-        many blocks as HELD bytes take. What fills no batch at the end of an epoch is left out.
+        In each epoch the files are cut into blocks, which are shuffled; then the rows within as
+        many as HELD bytes take, a window. While one is given out, a thread reads the next. What
+        fills no batch at the end of an epoch is left out.
         """
         import numpy as np
 
-        size = max(64, len(self) // 2**20)  # of a block
-        parts = ((i, a, n) for i, n in enumerate(self.lengths) for a in range(0, n, size))
-        blocks = np.array([(i, a, min(size, n - a)) for i, a, n in parts])
         per_epoch = len(self) // check_positive("batch", batch)
         if not per_epoch:
             raise ValueError(f"{self.path} has {len(self)} rows, expected a batch of {batch}")
-        held = max(1, HELD // (batch * self.d_in * self.dtype.itemsize))
-        while True:
-            epoch, number = divmod(start, per_epoch)
-            window = number // held
-            first, last = window * held * batch, min((window + 1) * held, per_epoch) * batch
-            shuffled = blocks[np.random.default_rng([seed, epoch]).permutation(len(blocks))]
-            ends = shuffled[:, 2].cumsum()
+        size = max(64, len(self) // 2**20)  # of a block
+        cuts = ((i, n, a) for i, n in enumerate(self.lengths) for a in range(0, n, size))
+        blocks = np.array([(i, a, min(size, n - a)) for i, n, a in cuts])
+        n_held = max(1, HELD // (batch * self.d_in * self.dtype.itemsize))  # batches of a window
+        n_windows = -(-per_epoch // n_held)
+
+        @lru_cache(maxsize=1)
+        def shuffled(epoch: int) -> tuple:
+            order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
+            return blocks[order], blocks[order, 2].cumsum()
+
+        def read(number: int) -> Tensor:
+            epoch, window = divmod(number, n_windows)
+            (order, ends), first = shuffled(epoch), window * n_held * batch
+            last = min((window + 1) * n_held, per_epoch) * batch
             x = torch.empty(last - first, self.d_in, dtype=self.dtype)
-            inside = (ends > first) & (ends - shuffled[:, 2] < last)
-            for (file, a, n), end in zip(shuffled[inside], ends[inside], strict=True):
+            inside = (ends > first) & (ends - order[:, 2] < last)
+            for (file, a, n), end in zip(order[inside], ends[inside], strict=True):
                 lo, hi = max(first, end - n), min(last, end)
                 x[lo - first : hi - first] = self.read(file, a + lo - end + n, a + hi - end + n)
-            order = np.random.default_rng([seed, epoch, window]).permutation(last - first)
-            for chosen in torch.from_numpy(order).split(batch)[number % held :]:
-                yield x[chosen]
-                start += 1
+            rng = np.random.default_rng([seed, epoch, 1 + window])
+            return x[torch.from_numpy(rng.permutation(last - first))]
+
+        epoch, number = divmod(start, per_epoch)
+        window, skip = epoch * n_windows + number // n_held, number % n_held
+        reader = ThreadPoolExecutor(1)
+        try:
+            coming = reader.submit(read, window)
+            while True:
+                x, window = coming.result(), window + 1
+                coming = reader.submit(read, window)
+                yield from x.split(batch)[skip:]
+                skip = 0
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)
 
 
 def _open_rows(file: Path) -> tuple[tuple[int, int], torch.dtype, Callable[[int, int], Tensor]]:
@@ -1617,7 +1669,8 @@ def _open_rows(file: Path) -> tuple[tuple[int, int], torch.dtype, Callable[[int,
                 array = tensors.get_slice(name)
             shape, dtype = array.get_shape(), array[:0].dtype
             read = lambda first, last: array[first:last]  # noqa: E731
-        if len(shape) != 2 or not all(shape) or not dtype.is_floating_point:
+        floats = torch.float16, torch.bfloat16, torch.float32, torch.float64
+        if len(shape) != 2 or not all(shape) or dtype not in floats:
             raise ValueError(f"{dtype} {tuple(shape)}")
     except (ValueError, TypeError, AttributeError, OSError, EOFError, SafetensorError) as error:
         raise ValueError(f"{file}: {error}, expected one array (rows, d_in) of floats") from None
@@ -1630,6 +1683,8 @@ def save_checkpoint(trainer: Trainer, folder: str | os.PathLike, run: dict) -> N
     `run` holds what else defines the run, numbers and strings. A kill at any moment, or a full
     disk, leaves the last checkpoint.
     """
+    if trainer.broken:
+        raise ValueError("a loss was not finite since the last record, expected none to save")
     state = dict(
         run=run,
         sae=trainer.sae.state_dict(),
@@ -1652,9 +1707,7 @@ def load_checkpoint(trainer: Trainer, folder: str | os.PathLike, run: dict) -> N
         held = state["run"]
     except (OSError, EOFError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: {error}, expected a checkpoint") from None
-    if held != run:
-        differ = {k: (held.get(k), run.get(k)) for k in held | run if held.get(k) != run.get(k)}
-        raise ValueError(f"{path} is of another run; (held, given) differ in {differ}")
+    check_same(f"{path} is of another run", held, run)
     trainer.sae.load_state_dict(state["sae"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.done, trainer.density, trainer.silent = map(state.get, ("done", "density", "silent"))
@@ -1664,7 +1717,15 @@ def load_checkpoint(trainer: Trainer, folder: str | os.PathLike, run: dict) -> N
 def run_train(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    data, out = Activations(args.activations), Path(args.out)
+    out = Path(args.out)
+    resumes = args.resume and (out / CHECKPOINT_FILE).exists()
+    if out.is_dir():  # with --resume, it may hold what a kill left behind before any checkpoint
+        taken = (out / WEIGHTS_FILE).exists() if args.resume else any(out.iterdir())
+    else:
+        taken = out.exists()
+    if taken and not resumes:
+        raise ValueError(f"{out} exists, expected a new folder, or --resume and one with its run")
+    data = Activations(args.activations)
     steps = args.steps or max(1, len(data) // args.batch)
     trainer = Trainer(
         ARCHITECTURES[args.variant](
@@ -1681,13 +1742,14 @@ def run_train(args: argparse.Namespace) -> None:
         autocast=torch.bfloat16 if args.dtype == "bfloat16" else None,
         device=args.device,
     )
-    own = "activations", "out", "resume", "device", "log_every", "checkpoint_every", "command"
-    run = {name: value for name, value in vars(args).items() if name not in own}
-    run |= dict(steps=steps, rows=len(data), d_in=data.d_in)
-    if args.resume and (out / CHECKPOINT_FILE).exists():
+    given = "variant", "d_sae", "l1", "batch", "lr", "resample_every", "dtype", "seed"
+    run = {name: getattr(args, name) for name in given} | dict(steps=steps, data=data.describe())
+    if resumes:
         load_checkpoint(trainer, out, run)
-    elif (out / WEIGHTS_FILE).exists() or (not args.resume and out.exists()):
-        raise ValueError(f"{out} exists, expected a new folder, or --resume and one with its run")
+        save(trainer.sae, out)  # if the last run ended between the two files
+    else:
+        # Data may lie far from the origin, and b_dec would be long on its way there.
+        trainer.sae.b_dec.data.copy_(next(data.batches(args.batch, args.seed)).double().mean(0))
     batches, stops = data.batches(args.batch, args.seed, trainer.done), []
     bar = tqdm(total=steps, initial=trainer.done, desc=args.variant, unit="step")
     with stopping(stops.append), bar:
@@ -1695,7 +1757,11 @@ def run_train(args: argparse.Namespace) -> None:
             bar.update()
             if m := record.metrics:
                 shown = dict(loss=record.losses.total(record.l1), L0=m.l0, FVU=m.fvu, gamma=m.gamma)
-                bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+                shown = {name: float(f"{value:.4g}") for name, value in shown.items()}
+                bar.set_postfix(shown)
+                out.mkdir(parents=True, exist_ok=True)
+                with open(out / LOG_FILE, "a") as log:  # steps taken twice are there twice
+                    print(json.dumps({"step": record.step} | shown), file=log)
             # After step 1, too: a disk that will not do should say so at once.
             if stops or record.step in (1, steps) or record.step % args.checkpoint_every == 0:
                 save_checkpoint(trainer, out, run)
@@ -1705,13 +1771,19 @@ def run_train(args: argparse.Namespace) -> None:
 
 @contextmanager
 def stopping(stop: Callable[[int], object]) -> Iterator[None]:
-    """Within, SIGINT and SIGTERM only call `stop`."""
-    caught = signal.SIGINT, signal.SIGTERM
-    before = [signal.signal(number, lambda number, frame: stop(number)) for number in caught]
+    """Within, SIGINT and SIGTERM only call `stop`, the first time."""
+
+    def once(number: int, frame) -> None:
+        stop(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, once)
     try:
         yield
     finally:
-        for number, handler in zip(caught, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -1719,13 +1791,17 @@ def run_eval(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     data = Activations(args.activations)
-    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = args.device or default_device()
     batches = -(-torch.tensor(data.lengths) // args.batch)
-    m = evaluate(load(args.sae, device), tqdm(data.in_order(args.batch), total=int(batches.sum())))
+    if (sae := load(args.sae, device)).stack:
+        raise ValueError(f"{args.sae} holds a stack of shape {sae.stack}, expected a single SAE")
+    m = evaluate(sae, tqdm(data.in_order(args.batch), total=int(batches.sum())))
     names = "l0", "fvu", "gamma", "cosine_squared", "norm_ratio", "l1_norm", "dead_fraction"
-    found = {"rows": m.n_rows} | {name: getattr(m, name).item() for name in names}
+    with warnings.catch_warnings():  # of a ratio without a value: it is shown as such
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = {"rows": m.n_rows} | {name: getattr(m, name).item() for name in names}
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps({k: v if math.isfinite(v) else None for k, v in found.items()}))
     else:
         print("\n".join(f"{name:14}{value:14.6g}" for name, value in found.items()))
 
@@ -1756,7 +1832,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", default=4096, type=number(int, 1), help="rows of a step; default: 4096")
     add("--lr", default=3e-4, type=number(float, 1e-12), help="default: 3e-4; toy data: 1e-2")
     add("--resample-every", type=number(int, 1), help="restart latents that died, every N steps")
-    add("--seed", default=0, type=number(int, 0), help="of weights and order; default: 0")
+    add("--seed", default=0, type=number(int, 0), help="of first weights and order; default: 0")
     add("--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help=DTYPE_HELP)
     add("--device", help="cpu, cuda, cuda:1, mps; default: the accelerator if there is one")
     add("--log-every", default=100, type=number(int, 1), help="steps; default: 100")
@@ -1784,7 +1860,8 @@ TRAIN_HELP = """Train an SAE on activations, read from disk as needed and shuffl
 The bar shows, on the latest batch: loss; L0, how many latents fire on a row; FVU, the fraction of
 variance that is not explained; gamma, how long reconstructions are beside the best length (1 is
 unbiased). Find λ by a few short runs: raise --l1 until L0 is as low as you like, and no further,
-for FVU rises. λ goes with the scale of x.
+for FVU rises. λ goes with the scale of x, and the default --lr with rows scaled to E‖x‖² = d_in or
+so. b_dec starts at the mean of the first batch.
 
 Ctrl-C, SIGTERM, or a crash: the same command with --resume goes on from the last checkpoint, and on
 a CPU ends with the very bits of a run that was never stopped."""
@@ -1801,7 +1878,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         (run_train if args.command == "train" else run_eval)(args)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, AssertionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

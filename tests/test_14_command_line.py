@@ -18,7 +18,16 @@ from safetensors.torch import load_file, save_file
 
 import gated_sae
 import toy_data
-from gated_sae import Activations, GatedSAE, Trainer, load, load_checkpoint, main, save_checkpoint
+from gated_sae import (
+    Activations,
+    GatedSAE,
+    Trainer,
+    load,
+    load_checkpoint,
+    main,
+    save,
+    save_checkpoint,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -195,10 +204,12 @@ def test_a_folder_without_shards(tmp_path):
 def test_bad_rows_are_counted_and_named_by_file_and_row(tmp_path):
     folder = write_shards(tmp_path / "shards", [100, 200])
     x = np.load(folder / "001.npy")
-    x[17, 1], x[150] = np.nan, np.inf
+    x[17, 1], x[20] = np.nan, np.inf
     np.save(folder / "001.npy", x)
     for read in (lambda data: list(data.in_order(64)), lambda data: next(data.batches(300))):
-        with pytest.raises(ValueError, match=r"001.npy: NaN or infinity in 2 of 200 rows, .* 17$"):
+        with pytest.raises(
+            ValueError, match=r"001.npy.* infinity in 2 of 64 rows, first in row 17$"
+        ):
             read(Activations(folder))
 
 
@@ -237,6 +248,8 @@ def test_what_is_trained_is_what_the_module_trains(activations, tmp_path, varian
     tied = {"tied": False} if variant == "gated_untied" else {}
     sae = gated_sae.ARCHITECTURES[variant](8, 16, **tied)
     batches = Activations(activations).batches(64)
+    with torch.no_grad():
+        sae.b_dec.copy_(next(Activations(activations).batches(64)).double().mean(0))
     list(gated_sae.train(sae, batches, l1=0.3, steps=9, lr=1e-2, device="cpu"))
     saved = load(tmp_path / "a")
     assert saved.config == sae.config
@@ -462,12 +475,87 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(activations, t
     assert {p.name for p in out.iterdir()} == {
         "cfg.json",
         "checkpoint.pt",
+        "log.jsonl",
         "sae_weights.safetensors",
     }
     assert torch.load(out / "checkpoint.pt")["done"] == 7
     assert main(train_args(activations, out, *options, "--resume")) == 0
     assert main(train_args(activations, tmp_path / "whole", *options)) == 0
     assert_same_end(tmp_path / "whole", out)
+
+
+def test_a_failure_between_the_two_files_is_mended_by_going_on(activations, tmp_path):
+    """The last checkpoint is there, and the weights beside it are those of the one before."""
+    out, options, calls = tmp_path / "a", ["--steps", "14"], []
+
+    def full(sae, folder):
+        calls.append(folder)
+        if len(calls) == 3:  # steps 1, 7, 14
+            raise OSError("No space left on device")
+        save(sae, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gated_sae, "save", full)
+        assert main(train_args(activations, out, *options)) == 1
+    assert torch.load(out / "checkpoint.pt")["done"] == 14
+    assert main(train_args(activations, out, *options, "--resume")) == 0
+    assert main(train_args(activations, tmp_path / "whole", *options)) == 0
+    assert_same_end(tmp_path / "whole", out)
+
+
+def test_metrics_are_kept_in_a_log(activations, tmp_path):
+    main(train_args(activations, tmp_path / "a", "--steps", "25", "--log-every", "10"))
+    lines = (tmp_path / "a" / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records] == [1, 10, 20, 25]
+    assert set(records[0]) == {"step", "loss", "L0", "FVU", "gamma"}
+
+
+def test_an_empty_folder_will_do_and_hidden_files_are_no_shards(activations, tmp_path):
+    (tmp_path / "a").mkdir()
+    assert main(train_args(activations, tmp_path / "a", "--steps", "2")) == 0
+    write_shards(tmp_path / "shards", [100, 100])
+    (tmp_path / "shards" / "._000.npy").write_bytes(b"resource fork")
+    assert len(Activations(tmp_path / "shards")) == 200
+
+
+def test_eval_of_a_dead_sae_and_of_a_stack(activations, tmp_path, capsys):
+    sae = GatedSAE(8, 16)
+    with torch.no_grad():
+        sae.b_gate.fill_(-1e3)
+    save(sae, tmp_path / "dead")
+    save(GatedSAE(8, 16, stack=2), tmp_path / "stack")
+    args = [str(activations), "--json", "--device", "cpu"]
+    assert main(["eval", str(tmp_path / "dead"), *args]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["gamma"], found["l0"], found["dead_fraction"]) == (None, 0, 1)
+    assert main(["eval", str(tmp_path / "stack"), *args]) == 1
+    assert "holds a stack of shape (2,), expected a single SAE" in capsys.readouterr().err
+
+
+def test_a_second_signal_is_not_caught(activations, tmp_path, monkeypatch):
+    def twice(self, x, wait=False):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "step", twice)
+    with pytest.raises(KeyboardInterrupt):
+        main(train_args(activations, tmp_path / "a"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_after_a_bad_batch_a_trainer_goes_on(tmp_path):
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    trainer, other = (Trainer(GatedSAE(8, 16), l1=0.3, steps=5, device="cpu") for _ in range(2))
+    with pytest.raises(ValueError, match="step 1: NaN or infinity in 32 of 32 rows"):
+        trainer.step(x * torch.nan)
+    assert trainer.step(x).step == 1
+    other.step(x)
+    assert_equal(dict(trainer.sae.state_dict()), dict(other.sae.state_dict()), rtol=0, atol=0)
+    trainer.broken.fill_(True)
+    with pytest.raises(ValueError, match="a loss was not finite since the last record"):
+        save_checkpoint(trainer, tmp_path / "a", {})
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_folder_that_cannot_be_written_to_stops_the_run_at_once(activations, tmp_path, capsys):
