@@ -132,7 +132,9 @@ class SuperpositionData:
         if not 0 <= noise < float("inf"):
             raise ValueError(f"noise is {noise}, expected a finite number ≥ 0")
         self.d_in, self.n_features, self.noise, self.magnitude = d_in, n_features, noise, magnitude
-        generator = torch.Generator().manual_seed(seed)
+        # Not `seed` itself: from the same draws an SAE of that seed would start at the truth. (Of a
+        # seed, torch uses 32 bits.)
+        generator = torch.Generator().manual_seed(seed + 2**31)
         D = self._dictionary(dictionary, generator)
         if not isinstance(mean, Tensor):
             mean = mean * random_directions(1, d_in, generator)[0]

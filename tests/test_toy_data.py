@@ -11,7 +11,14 @@ from random_saes import assert_equal
 
 import toy_data
 from gated_sae import GatedSAE, StandardSAE, train
-from toy_data import DICTIONARIES, MAGNITUDES, SuperpositionData, recovery, zipf
+from toy_data import (
+    DICTIONARIES,
+    MAGNITUDES,
+    SuperpositionData,
+    mean_correlation_coefficient,
+    recovery,
+    zipf,
+)
 
 ROWS = 100_000
 
@@ -38,6 +45,17 @@ def test_directions_have_norm_one(kind, d, half, seed):
     D = SuperpositionData(d, 2 * half, dictionary=kind, seed=seed).dictionary
     assert D.shape == (2 * half, d)
     assert_equal(D.norm(dim=-1), torch.ones(2 * half))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_an_sae_of_the_same_seed_does_not_start_at_the_truth(seed):
+    data = SuperpositionData(16, 64, firing=0.1, seed=seed)
+    own, other = (GatedSAE(16, 64, generator=torch.Generator().manual_seed(s)) for s in (seed, 99))
+    near, far = (
+        mean_correlation_coefficient(data.dictionary, sae.W_dec.detach()) for sae in (own, other)
+    )
+    assert near == pytest.approx(far, abs=0.05)
+    assert near < 0.7
 
 
 @pytest.mark.parametrize(("n", "d"), [(3, 8), (8, 8)])
