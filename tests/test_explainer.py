@@ -148,7 +148,9 @@ def test_the_script_prints_its_table():
     assert "Gated" in finished.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "many"], ["--stops", "3"], ["rebuilt"]])
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "many"], ["--stops", "3"], ["rebuilt"], ["print", "language"]]
+)
 def test_bad_usage_is_told_and_exits_with_2(arguments):
     finished = run(*arguments)
     assert finished.returncode == 2

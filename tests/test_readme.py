@@ -102,19 +102,30 @@ def test_the_two_commands_stand_alone_on_their_lines():
         assert f"\n    pip install -r requirements.txt && {command}\n" in README
 
 
-@pytest.mark.parametrize("name", ["comparison", "claims", "recovered"])
+@pytest.mark.parametrize("name", ["comparison", "language", "claims", "recovered"])
 def test_the_tables_are_the_committed_ones(name):
     results = {
         file: json.loads((ROOT / "results" / f"{file}.json").read_text())
-        for file in ("pareto", "claims", "runs")
+        for file in ("pareto", "language", "claims", "runs")
     }
     expected = {
         "comparison": lambda: explainer.comparison(results["pareto"]["table"]),
+        "language": lambda: explainer.language_comparison(results["language"]),
         "claims": lambda: explainer.condensed(results["claims"]),
         "recovered": lambda: explainer.recovered(results["runs"]),
     }[name]()
     shown = re.search(rf"<!-- {name} -->\n\n(.*?)\n\n<!-- /{name} -->", README, re.S)[1]
     assert shown == explainer.as_markdown(expected)
+
+
+def test_what_is_said_of_the_language_model_is_computed():
+    found = json.loads((ROOT / "results" / "language.json").read_text())
+    text = " ".join(README.split())
+    assert explainer.language_losses(found) in text
+    assert explainer.language_verdict(found) in text
+    steps = found["steps"]
+    assert f"{steps['language model']} steps" in text
+    assert f"{steps['SAEs']} steps" in text
 
 
 def test_links_and_pictures_exist():
