@@ -96,6 +96,7 @@ with app.setup:
     SHAPES = alt.Scale(domain=list(COMPARED), range=["square", "triangle-up", "circle"])
     # Colour and shape of each variant, the same in every picture: Okabe and Ito's colours, two of
     # them changed to be seen on black as well as on white.
+    STAR = "M0,-1L.25,-.3L1,-.3L.4,.15L.6,.9L0,.45L-.6,.9L-.4,.15L-1,-.3L-.25,-.3Z"
     PALETTE = {
         "Standard": ("#d55e00", "square"),
         "Standard 1.5x": ("#e69f00", "triangle-up"),
@@ -105,7 +106,7 @@ with app.setup:
         "natural b_mag": ("#cc79a7", "triangle-down"),
         "log penalty": ("#999999", "triangle-left"),
         "soft cutoff": ("#a39a00", "triangle-right"),
-        "JumpReLU": ("#785ef0", "stroke"),
+        "JumpReLU": ("#785ef0", STAR),
     }
     GREY = "#888888"
     # Trained while the reader waits: d_sae for each variant, for 64 features in 16 dimensions.
@@ -1058,10 +1059,10 @@ def panel(chart, height=260):
 
 @app.function
 def flatland():
-    """Five features in the plane, 72° apart; each occurs on one row in twenty, at about 1."""
-    angle = torch.arange(5) * 2 * math.pi / 5 + math.pi / 2
+    """Four features in the plane, 90° apart; each occurs on one row in twenty, at about 1."""
+    angle = torch.arange(4) * math.pi / 2 + math.pi / 8
     directions = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    return SuperpositionData(2, 5, dictionary=directions, firing=0.05, magnitude="log_normal")
+    return SuperpositionData(2, 4, dictionary=directions, firing=0.05, magnitude="log_normal")
 
 
 @app.function
@@ -1070,8 +1071,8 @@ def learn(kind, l1, starts, steps, **options):
 
     A start is a seed: the same seed is the same first dictionary, whatever the kind.
     """
-    sae = kind(2, 5, stack=(len(starts),), **options)
-    first = [random_directions(5, 2, torch.Generator().manual_seed(seed)) for seed in starts]
+    sae = kind(2, 4, stack=(len(starts),), **options)
+    first = [random_directions(4, 2, torch.Generator().manual_seed(seed)) for seed in starts]
     with torch.no_grad():
         sae.W_dec.copy_(torch.stack(first))
         sae.W_enc.copy_(sae.W_dec.mT)
@@ -1086,7 +1087,7 @@ def learn(kind, l1, starts, steps, **options):
         history.append({"step": step, "W_dec": W_dec, "l0": found.l0, "fvu": found.fvu})
 
     note(0)
-    schedule = {"steps": steps, "lr": 1e-2, "log_every": max(1, steps // 15), "device": "cpu"}
+    schedule = {"steps": steps, "lr": 3e-2, "log_every": max(1, steps // 20), "device": "cpu"}
     l1 = torch.tensor(l1)
     for record in train(sae, data.batches(256, seed=0), l1=l1, sparse=False, **schedule):
         if record.step > 1:
@@ -1096,14 +1097,14 @@ def learn(kind, l1, starts, steps, **options):
 
 @app.function
 def misses(W_dec):
-    """Degrees between each of the five true directions and the learned one nearest to it."""
+    """Degrees between each of the four true directions and the learned one nearest to it."""
     cosines = torch.nn.functional.normalize(W_dec, dim=-1) @ flatland().dictionary.T
     return cosines.max(-2).values.clamp(-1, 1).arccos().rad2deg()
 
 
 @app.function
 def superposition_chart(W_dec):
-    """The plane: rows x, the five true directions, the five learned ones."""
+    """The plane: rows x, the four true directions, the four learned ones."""
     data = flatland()
     x, _ = data.sample(2500, torch.Generator().manual_seed(2))
     x = x[x.abs().sum(-1) > 0]
@@ -1112,35 +1113,37 @@ def superposition_chart(W_dec):
         "y": alt.Y("y:Q", scale=alt.Scale(domain=[-2.2, 2.2]), title="second dimension of x"),
     }
     names = ["true direction", "learned direction"]
-    look = alt.Scale(domain=names, range=[GREY, PALETTE["Standard"][0]])
-    lines = [
+    values = [
         {"what": what, "i": i, "x": scale * d[0], "y": scale * d[1]}
         for what, D in zip(names, (data.dictionary, W_dec), strict=True)
         for i, d in enumerate(D.tolist())
         for scale in (0.0, 1.0)
     ]
     rows = alt.Chart(alt.Data(values=[{"x": a, "y": b} for a, b in x.tolist()]))
-    base = alt.Chart(alt.Data(values=lines)).encode(
-        **at, color=alt.Color("what:N", scale=look, legend=alt.Legend(title=None, orient="top"))
-    )
-    rays = base.mark_line(strokeWidth=3).encode(
-        detail="i:N",
-        strokeDash=alt.StrokeDash(
-            "what:N", scale=alt.Scale(domain=names, range=[[6, 4], [1, 0]]), legend=None
+    base = alt.Chart(alt.Data(values=values)).encode(
+        **at,
+        color=alt.Color(
+            "what:N",
+            scale=alt.Scale(domain=names, range=[GREY, PALETTE["Standard"][0]]),
+            legend=alt.Legend(title=None, orient="top"),
         ),
     )
-    tips = base.transform_filter("datum.x != 0 || datum.y != 0").mark_point(filled=True, size=90)
-    dots = rows.mark_circle(size=14, opacity=0.45, color=GREY).encode(**at)
-    return alt.layer(dots, rays, tips).properties(width=300, height=300, background="transparent")
+    learned = base.transform_filter("datum.what == 'learned direction'")
+    tips = base.transform_filter("datum.x != 0 || datum.y != 0")
+    return alt.layer(
+        rows.mark_circle(size=12, opacity=0.35, color=GREY, clip=True).encode(**at),
+        learned.mark_line(strokeWidth=4).encode(detail="i:N"),
+        tips.mark_point(size=130, strokeWidth=3, opacity=1),
+    ).properties(width=290, height=290, background="transparent")
 
 
 @app.function
 def superposition_sentence(step, degrees, found, starts):
     """`degrees`: how far each true direction is from the nearest learned one."""
     return (
-        f"After **{step}** steps, the five true directions are {min(degrees):.0f}° to "
+        f"After **{step}** steps, the four true directions are {min(degrees):.0f}° to "
         f"{max(degrees):.0f}° away from the nearest learned one. At the end of training, "
-        f"**{found} of {starts}** starts have found all five to within 10°."
+        f"**{found} of {starts}** starts have found all four to within 10°."
     )
 
 
@@ -1169,7 +1172,12 @@ def shrinkage_chart(true, found, l1):
     ]
     points = [{"a": a, "f": f} for a, f in zip(true[:250].tolist(), found.tolist(), strict=False)]
     at = {
-        "x": alt.X("a:Q", scale=alt.Scale(domain=[0, 3]), title="a: true strength"),
+        "x": alt.X(
+            "a:Q",
+            scale=alt.Scale(domain=[0, 3]),
+            axis=alt.Axis(tickCount=6),
+            title="a: true strength",
+        ),
         "y": alt.Y("f:Q", scale=alt.Scale(domain=[0, 3]), title="f: coefficient"),
     }
     names = ["no shrinkage", "max(0, a - λ/2)"]
@@ -1184,7 +1192,9 @@ def shrinkage_chart(true, found, l1):
                 legend=alt.Legend(title=None, orient="top"),
             ),
             strokeDash=alt.StrokeDash(
-                "what:N", scale=alt.Scale(domain=names, range=[[6, 4], [1, 0]]), legend=None
+                "what:N",
+                scale=alt.Scale(domain=names, range=[[6, 4], [1, 0]]),
+                legend=alt.Legend(title=None, orient="top"),
             ),
         )
     )
@@ -1221,7 +1231,7 @@ def strengths_chart(true, found):
         alt.Chart(alt.Data(values=values))
         .mark_area(interpolate="step-after", fillOpacity=0.12, line={"strokeWidth": 2.5})
         .encode(
-            x=alt.X("from:Q", title="strength, or coefficient"),
+            x=alt.X("from:Q", title="strength, or coefficient", axis=alt.Axis(tickCount=6)),
             y=alt.Y("share:Q", stack=None, title="share of rows", axis=alt.Axis(format="%")),
             color=alt.Color(
                 "what:N", scale=colours(*names), legend=alt.Legend(title=None, orient="top")
@@ -1232,12 +1242,13 @@ def strengths_chart(true, found):
 
 @app.function
 def strengths_sentence(l1, true, found):
-    shares = {kind: 100 * (f.sum() / true.sum()).item() for kind, f in found.items()}
-    given = " and ".join(f"**{kind}** {share:.0f}%" for kind, share in shares.items())
-    fire = " and ".join(f"{100 * (f > 0).float().mean():.0f}%" for f in found.values())
+    on = {kind: f > 0 for kind, f in found.items()}
+    shares = {kind: (f.sum() / true[on[kind]].sum()).item() for kind, f in found.items()}
+    given = " and ".join(f"**{kind} {100 * share:.0f}%**" for kind, share in shares.items())
+    fires = " and ".join(f"{100 * fires.float().mean():.0f}%" for fires in on.values())
     return (
-        f"At λ = {l1:.1f} and summed over these rows, {given} of the true strength come back; "
-        f"the right latent fires on {fire} of them."
+        f"At λ = {l1:.1f}, where the right latent fires, {given} of the true strength come back. "
+        f"It fires on {fires} of these rows."
     )
 
 
@@ -1255,7 +1266,7 @@ def dying_chart(histories, member):
         alt.Chart(alt.Data(values=values))
         .mark_line(strokeWidth=2.5, point=alt.OverlayMarkDef(size=40, filled=True))
         .encode(
-            x=alt.X("step:Q", title="training step"),
+            x=alt.X("step:Q", title="training step", axis=alt.Axis(tickCount=6)),
             y=alt.Y("l0:Q", title="L0: latents firing per row"),
             color=alt.Color(
                 "kind:N",
@@ -1263,7 +1274,9 @@ def dying_chart(histories, member):
                 legend=alt.Legend(title=None, orient="top", labelLimit=400),
             ),
             shape=alt.Shape(
-                "kind:N", scale=alt.Scale(domain=names, range=["square", "circle"]), legend=None
+                "kind:N",
+                scale=alt.Scale(domain=names, range=["square", "circle"]),
+                legend=alt.Legend(title=None, orient="top", labelLimit=400),
             ),
         )
     )
@@ -1273,7 +1286,7 @@ def dying_chart(histories, member):
 def dying_sentence(reconstruct, sparsity, l0_first, l0_last, steps):
     """Gradients on b_gate of the two terms, one number for each latent; L0 before and after."""
     return (
-        f"Before training, the reconstruction's gradient on the five gate biases is "
+        f"Before training, the reconstruction's gradient on the four gate biases is "
         f"**{max(abs(g) for g in reconstruct):.0f}, exactly**; the penalty's is "
         f"{min(sparsity):.2f} to {max(sparsity):.2f}, never negative, so every step lowers them. "
         f"L0 falls from "
@@ -1347,12 +1360,15 @@ def flow_sentence(frozen, unfrozen):
 @app.function
 def one_latent(b_gate, r_mag, b_mag):
     """Gate, magnitude and output of one latent over its pre-activation z, and its threshold."""
-    z = torch.linspace(-1.5, 2.0, 281, dtype=torch.float64)[:, None]
+    ends = [-1.5, -b_mag / math.exp(r_mag), -b_gate, -b_gate + 1e-9, 2.0]  # it bends only there
+    z = torch.tensor(sorted(ends), dtype=torch.float64)[:, None]
     pi_gate, pi_mag = z + b_gate, math.exp(r_mag) * z + b_mag
     theta = torch.tensor([b_mag - math.exp(r_mag) * b_gate], dtype=torch.float64)
     f = gate(pi_gate, pi_mag)
-    same = (f - jump_relu(pi_mag, theta)).abs()[(pi_gate.abs() > 1e-9)].max().item()
     curves = {"open gate": (pi_gate > 0).double(), "ReLU(π_mag)": pi_mag.relu(), "output f̃": f}
+    many = torch.linspace(-1.5, 2.0, 1000, dtype=torch.float64)[:, None]
+    pi_gate, pi_mag = many + b_gate, math.exp(r_mag) * many + b_mag
+    same = (gate(pi_gate, pi_mag) - jump_relu(pi_mag, theta)).abs().max().item()
     return {name: values[:, 0] for name, values in curves.items()}, z[:, 0], theta.item(), same
 
 
@@ -1366,9 +1382,14 @@ def latent_chart(curves, z, opens_at):
     ]
     lines = (
         alt.Chart(alt.Data(values=values))
-        .mark_line(interpolate="linear", clip=True)
+        .mark_line(strokeWidth=3, clip=True)
         .encode(
-            x=alt.X("z:Q", title="z = (x - b_dec) W_enc", scale=alt.Scale(domain=[-1.5, 2])),
+            x=alt.X(
+                "z:Q",
+                title="z = (x - b_dec) W_enc",
+                scale=alt.Scale(domain=[-1.5, 2]),
+                axis=alt.Axis(tickCount=7),
+            ),
             y=alt.Y("value:Q", title=None, scale=alt.Scale(domain=[0, 3])),
             color=alt.Color(
                 "curve:N",
@@ -1378,10 +1399,7 @@ def latent_chart(curves, z, opens_at):
             strokeDash=alt.StrokeDash(
                 "curve:N",
                 scale=alt.Scale(domain=names, range=[[2, 3], [8, 4], [1, 0]]),
-                legend=None,
-            ),
-            strokeWidth=alt.StrokeWidth(
-                "curve:N", scale=alt.Scale(domain=names, range=[2, 2, 4]), legend=None
+                legend=alt.Legend(title=None, orient="top"),
             ),
         )
     )
@@ -1399,8 +1417,8 @@ def latent_sentence(b_gate, theta, same):
         jump = "there π_mag is just 0, so nothing jumps: a plain ReLU of the gate, rescaled"
     return (
         f"The gate opens at z = {-b_gate:.2f}; {jump}. Its threshold on π_mag is "
-        f"θ = {theta:.2f}. `jump_relu(π_mag, θ)` differs from the gated output by "
-        f"**{same:.0e}** at most."
+        f"θ = {theta:.2f}, and `jump_relu(π_mag, θ)` differs from the gated output by at most "
+        f"**{f'{same:.0e}' if same else 0}**, at 1000 values of z."
     )
 
 
@@ -1412,7 +1430,7 @@ def norms_chart(histories, chosen):
             "setting": setting,
             "step": point["step"],
             "norm": point["W_dec"].norm(dim=-1).mean().item(),
-            "width": 5 if setting == chosen else 2,
+            "width": 4 if setting == chosen else 2,
         }
         for setting, history in histories.items()
         for point in history
@@ -1422,15 +1440,23 @@ def norms_chart(histories, chosen):
         alt.Chart(alt.Data(values=values))
         .mark_line(point=alt.OverlayMarkDef(size=35, filled=True))
         .encode(
-            x=alt.X("step:Q", title="training step"),
-            y=alt.Y("norm:Q", scale=alt.Scale(type="log"), title="mean ‖d_i‖"),
-            color=alt.Color(
+            x=alt.X("step:Q", title="training step", axis=alt.Axis(tickCount=6)),
+            y=alt.Y(
+                "norm:Q",
+                scale=alt.Scale(type="log", domain=[0.05, 5]),
+                axis=alt.Axis(values=[0.05, 0.1, 0.2, 0.5, 1, 2, 5]),
+                title="mean length of d_i",
+            ),
+            color=alt.condition(
+                f"datum.setting == '{chosen}'", alt.value(PALETTE["Gated"][0]), alt.value(GREY)
+            ),
+            shape=alt.Shape(
                 "setting:N",
-                scale=alt.Scale(domain=names, range=["#0072b2", "#56b4e9", "#d55e00", GREY]),
+                scale=alt.Scale(domain=names),
                 legend=alt.Legend(title=None, orient="top", columns=1, labelLimit=400),
             ),
-            shape=alt.Shape("setting:N", scale=alt.Scale(domain=names), legend=None),
             strokeWidth=alt.StrokeWidth("width:Q", scale=None, legend=None),
+            detail="setting:N",
         )
     )
 
@@ -1567,7 +1593,11 @@ def lines_of_variants(values, names):
                 scale=alt.Scale(type="log", nice=False, padding=10),
                 title="L0: latents firing per row",
             ),
-            y=alt.Y("fvu:Q", scale=alt.Scale(type="log"), title="FVU: variance unexplained"),
+            y=alt.Y(
+                "fvu:Q",
+                scale=alt.Scale(type="log", nice=False, padding=10),
+                title="FVU: variance unexplained",
+            ),
             color=alt.Color("variant:N", scale=colours(*names), legend=legend),
             shape=alt.Shape(
                 "variant:N",
@@ -1606,7 +1636,7 @@ def live_runs(steps, seed, n_l1=5, progress=lambda variant: None):
     """A small sweep: (rows of the table, the trained SAE of each row)."""
     data, rows, saes = small_world(seed), [], []
     held_out = list(itertools.islice(data.batches(1000, seed + 20_000), 5))
-    schedule = {"steps": steps, "lr": 1e-2, "log_every": steps, "device": "cpu", "sparse": False}
+    schedule = {"steps": steps, "lr": 3e-2, "log_every": steps, "device": "cpu", "sparse": False}
     for variant, d_sae in LIVE.items():
         kind, _, span = EVIDENCE[variant]
         progress(variant)
@@ -1677,7 +1707,8 @@ def latents_chart(latents, variant):
         .encode(
             x=alt.X(
                 "cosine:Q",
-                scale=alt.Scale(domain=[0.3, 1]),
+                scale=alt.Scale(zero=False, domainMax=1),
+                axis=alt.Axis(tickCount=5),
                 title="cosine with the nearest true feature",
             ),
             y=alt.Y(
@@ -1721,7 +1752,8 @@ def jump_numbers(theta, z):
 
 @app.function
 def jump_chart(theta, z):
-    path = torch.linspace(0, 2, 401, dtype=torch.float64)
+    ends = {0.0, theta, theta + 1e-9, z, z + 1e-9, 2.0}  # they bend only there
+    path = torch.tensor(sorted(ends), dtype=torch.float64)
     bound = torch.tensor([theta], dtype=torch.float64)
     curves = {
         "JumpReLU": jump_relu(path[:, None], bound)[:, 0],
@@ -1737,15 +1769,21 @@ def jump_chart(theta, z):
         alt.Chart(alt.Data(values=values))
         .mark_line(strokeWidth=3)
         .encode(
-            x=alt.X("z:Q", title="the latent's pre-activation, patched from 0 to z"),
+            x=alt.X(
+                "z:Q",
+                title="pre-activation on its way from 0 to z",
+                axis=alt.Axis(tickCount=5),
+            ),
             y=alt.Y("out:Q", title="output", scale=alt.Scale(domain=[0, 2])),
             color=alt.Color(
                 "function:N",
-                scale=alt.Scale(domain=names, range=[PALETTE["JumpReLU"][0], "#e69f00"]),
+                scale=alt.Scale(domain=names, range=[PALETTE["JumpReLU"][0], GREY]),
                 legend=alt.Legend(title=None, orient="top"),
             ),
             strokeDash=alt.StrokeDash(
-                "function:N", scale=alt.Scale(domain=names, range=[[1, 0], [8, 4]]), legend=None
+                "function:N",
+                scale=alt.Scale(domain=names, range=[[1, 0], [8, 4]]),
+                legend=alt.Legend(title=None, orient="top"),
             ),
             opacity=alt.condition("datum.travelled", alt.value(1), alt.value(0.25)),
             detail="travelled:N",
@@ -1790,6 +1828,7 @@ def recovered_chart(rows):
             x=alt.X(
                 "recovered:Q",
                 scale=alt.Scale(zero=False, padding=20),
+                axis=alt.Axis(tickCount=4, format=".1%"),
                 title="loss recovered (1: as good as x)",
             ),
             y=alt.Y("ablation:N", title=None),
@@ -1914,7 +1953,7 @@ def questions():
 def settings(arguments):
     mo.stop(arguments is not None)  # as a script: the table alone, not the lesson
     torch.set_num_threads(1)  # models this small only wait for a second one
-    steps, live_steps = 600, 200  # of each training in the lesson: seconds
+    steps, live_steps = 200, 100  # of each training in the lesson: seconds
     strengths = [0.4, 0.6, 0.8, 1.0, 1.2]  # the λ that sliders offer
     return live_steps, steps, strengths
 
@@ -1922,17 +1961,17 @@ def settings(arguments):
 @app.cell(hide_code=True)
 def world_gist():
     mo.md(r"""
-    ## 1 · Five features in the plane
+    ## 1 · Four features in the plane
 
-    Suppose that activations had two dimensions, and that there were **five** things to say about
-    them: five *features*, each with a direction of its own. A feature is rare, it occurs on one row
+    Suppose that activations had two dimensions, and that there were **four** things to say about
+    them: four *features*, each with a direction of its own. A feature is rare, it occurs on one row
     in twenty, with a strength of about 1. Then $x$ is its strength times its direction, or the sum
     if several occur at once.
 
-    Five directions in a plane cannot be perpendicular. This crowding is called *superposition*. It
-    works because features are rare, and seldom meet.
+    Four directions in a plane cannot all be perpendicular; here they are two pairs of opposites.
+    This crowding is called *superposition*. It works because features are rare, and seldom meet.
 
-    An SAE sees the points $x$ and nothing else. It has five *latents*. Latent $i$ has a direction
+    An SAE sees the points $x$ and nothing else. It has four *latents*. Latent $i$ has a direction
     $d_i$ of length 1 and a coefficient $f_i \ge 0$, and *fires* where $f_i > 0$. The encoder
     computes the coefficients, the decoder adds the directions up:
 
@@ -1948,8 +1987,8 @@ def world_gist():
 @app.cell
 def world_question():
     ask_1 = ask(
-        "A row has two numbers, and there are five directions. Can an SAE find them?",
-        ["no, at most two", "from many starts, not from all", "always"],
+        "A row has two numbers, and there are four directions. Can an SAE find them?",
+        ["no, at most two", "from most starts, not from all", "always"],
     )
     ask_1
     return (ask_1,)
@@ -1959,10 +1998,9 @@ def world_question():
 def world_feedback(ask_1):
     feedback(
         ask_1.value,
-        "from many starts, not from all",
-        "Most rows that are not empty show one feature alone, so the points lie on five rays. But "
-        "descent can get stuck with two latents on one ray or one between two. In more dimensions "
-        "there is more room to slip past.",
+        "from most starts, not from all",
+        "Most rows that are not empty show one feature alone, so the points lie on four rays. But "
+        "descent can get stuck with two latents on one ray, or one between two. (Try start 1.)",
     )
     return
 
@@ -1970,11 +2008,11 @@ def world_feedback(ask_1):
 @app.cell
 def world_controls(steps):
     starts = list(range(12))
-    _step = max(1, steps // 15)
+    _step = max(1, steps // 20)
     step = mo.ui.slider(
         0, steps // _step * _step, step=_step, value=0, label="training step", show_value=True
     )
-    start = mo.ui.dropdown([str(seed) for seed in starts], value="3", label="start")
+    start = mo.ui.dropdown([str(seed) for seed in starts], value="5", label="start")
     mo.hstack([step, start], justify="start", wrap=True)
     return start, starts, step
 
@@ -1992,8 +2030,8 @@ def world_picture(first_history, start, starts, step):
     _final = misses(first_history[-1]["W_dec"])
     picture(
         superposition_chart(_point["W_dec"][_member]),
-        "Grey points: rows of x. Dashed grey: the five true directions. Solid: those that the SAE "
-        "has learned so far. Drag the slider and watch them turn.",
+        "Grey points: rows of x. Open circles: the four true directions. Solid lines: those that "
+        "the SAE has learned so far. Drag the slider and watch them turn.",
         superposition_sentence(
             _point["step"],
             misses(_point["W_dec"][_member]).tolist(),
@@ -2061,7 +2099,7 @@ def shrink_controls(strengths):
 
 @app.cell
 def shrink_training(steps, strengths):
-    standard, standard_history = learn(StandardSAE, strengths, [3] * len(strengths), steps)
+    standard, standard_history = learn(StandardSAE, strengths, [5] * len(strengths), steps)
     true, found_standard = lone_strengths(standard)
     return found_standard, standard_history, true
 
@@ -2117,7 +2155,8 @@ def gate_gist():
 @app.cell
 def gate_question():
     ask_3 = ask(
-        "At λ = 0.8, how much of a feature's true strength will a Gated SAE give back?",
+        "At λ = 0.8, how much of a feature's true strength will a latent of a Gated SAE give back, "
+        "where it fires?",
         ["about 60%, like the Standard SAE", "about 100%", "about 140%"],
     )
     ask_3
@@ -2144,7 +2183,7 @@ def gate_controls(strengths):
 
 @app.cell
 def gate_training(steps, strengths):
-    gated, gated_history = learn(GatedSAE, strengths, [3] * len(strengths), steps)
+    gated, gated_history = learn(GatedSAE, strengths, [5] * len(strengths), steps)
     _, found_gated = lone_strengths(gated)
     return found_gated, gated, gated_history
 
@@ -2223,7 +2262,7 @@ def naive_training(steps, strengths):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a dead SAE has no scale to measure
         _, naive_history = learn(
-            GatedSAE, strengths, [3] * len(strengths), steps, tied=False, aux=None
+            GatedSAE, strengths, [5] * len(strengths), steps, tied=False, aux=None
         )
     return (naive_history,)
 
@@ -2231,7 +2270,7 @@ def naive_training(steps, strengths):
 @app.cell
 def naive_picture(l1_naive, naive_history, standard_history, strengths):
     _i = strengths.index(l1_naive.value)
-    _losses = GatedSAE(2, 5, tied=False, aux=None)
+    _losses = GatedSAE(2, 4, tied=False, aux=None)
     with torch.no_grad():
         _losses.W_dec.copy_(naive_history[0]["W_dec"][_i])
         _losses.W_enc.copy_(_losses.W_dec.T)
@@ -2340,7 +2379,7 @@ def aux_picture(aux_choice, gated, strengths):
     _x = next(flatland().batches(4000, seed=1))
     _flows = {}
     for _aux in ("frozen", "unfrozen", None):
-        _sae = GatedSAE(2, 5, aux=_aux)
+        _sae = GatedSAE(2, 4, aux=_aux)
         _sae.load_state_dict({name: value[_i] for name, value in gated.state_dict().items()})
         _flows[_aux] = gradient_flow(_sae, _x, 0.8)
     picture(
@@ -2509,7 +2548,7 @@ def norms_training(steps):
         warnings.simplefilter("ignore")  # two of these fail, and are here to be seen failing
         for _penalty, _aux in itertools.product(("live", "frozen"), ("frozen", "unfrozen")):
             _, norms_history[f"norms {_penalty}, aux {_aux}"] = learn(
-                GatedSAE, [0.8], [3], 2 * steps // 3, penalty=f"norm_{_penalty}", aux=_aux
+                GatedSAE, [0.8], [5], steps, penalty=f"norm_{_penalty}", aux=_aux
             )
     return (norms_history,)
 
@@ -2598,9 +2637,9 @@ def gamma_feedback(ask_8):
 @app.cell
 def gamma_controls():
     degrees = mo.ui.slider(
-        0, 85, step=5, value=30, label="angle of x̂ to x, degrees", show_value=True
+        0, 85, step=5, value=60, label="angle of x̂ to x, degrees", show_value=True
     )
-    length = mo.ui.slider(0.1, 1.2, step=0.01, value=0.87, label="length of x̂", show_value=True)
+    length = mo.ui.slider(0.1, 1.2, step=0.05, value=0.5, label="length of x̂", show_value=True)
     mo.vstack([degrees, length])
     return degrees, length
 
@@ -2704,8 +2743,8 @@ def frontier_picture(runs, world_name):
         frontier_chart(runs, world_name.value),
         "128 features in 32 dimensions, 4 active: independent and equally frequent (plain); of "
         "very unequal frequency and fond of company (Zipf, correlated); children that occur "
-        "only with their parents (hierarchical). Each point is the mean of five SAEs. Committed results; "
-        "`python explainer.py rebuild` measures them again, in 11 minutes.",
+        "only with their parents (hierarchical). Each point is the mean of five SAEs. Committed "
+        "results; `python explainer.py rebuild` measures them again, in 11 minutes.",
         frontier_sentence(runs, world_name.value),
     )
     return
@@ -2729,7 +2768,7 @@ def live_form(live_steps):
         mo.md("{steps} {seed}")
         .batch(
             steps=mo.ui.slider(
-                min(50, live_steps), 400, value=live_steps, step=50, label="steps", show_value=True
+                min(50, live_steps), 500, value=live_steps, step=50, label="steps", show_value=True
             ),
             seed=mo.ui.number(0, 999, value=1, label="seed"),
         )
@@ -2766,7 +2805,7 @@ def live_choice(live_rows):
         for i, row in enumerate(live_rows)
         if row["l0"] > 0.1
     }
-    _first = next(name for name in _names if name.startswith("Standard,"))
+    _first = [name for name in _names if name.startswith("Standard,")][2]
     live_list = mo.ui.dropdown(_names, value=_first, label="inspect")
     live_list
     return (live_list,)
