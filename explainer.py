@@ -1343,13 +1343,13 @@ def flow_sentence(frozen, unfrozen):
         {(cell["term"], cell["parameter"]): cell["norm"] for cell in flow}
         for flow in (frozen, unfrozen)
     )
-    own = frozen["L_reconstruct", "W_dec"]
     return (
         f"The gate bias hears {frozen['L_reconstruct', 'b_gate']:.0f} from the reconstruction and "
-        f"**{frozen['L_aux', 'b_gate']:.2g}** from L_aux. Unfrozen, L_aux would push W_dec "
-        f"with {unfrozen['L_aux', 'W_dec']:.2g}, **{unfrozen['L_aux', 'W_dec'] / own:.0f} times** "
-        f"as hard as the reconstruction does; frozen, with {frozen['L_aux', 'W_dec']:.0f}. b_dec "
-        f"still hears L_aux through x - b_dec: {frozen['L_aux', 'b_dec']:.2g}."
+        f"**{frozen['L_aux', 'b_gate']:.2g}** from L_aux. Unfrozen, L_aux would push W_dec with "
+        f"**{unfrozen['L_aux', 'W_dec']:.2g}**, where the reconstruction, nearly content, pushes "
+        f"with {frozen['L_reconstruct', 'W_dec']:.2g}. Frozen, with "
+        f"**{frozen['L_aux', 'W_dec']:.0f}**. b_dec still hears L_aux through x - b_dec: "
+        f"{frozen['L_aux', 'b_dec']:.2g}."
     )
 
 
@@ -1669,7 +1669,7 @@ def live_chart(rows):
 
 @app.function
 def picked(rows, selections, chosen):
-    """The row clicked in the chart, else the one chosen in the list."""
+    """Which row was clicked in the chart, else the one chosen before."""
     pick = selections.get("pick") or {}
     for i, row in enumerate(rows):
         if pick and row["variant"] in pick.get("variant", []) and row["l1"] in pick.get("l1", []):
@@ -2801,10 +2801,14 @@ def live_training(live, live_steps):
 
 
 @app.cell
-def live_frontier(live_rows):
-    live_pick = mo.ui.altair_chart(live_chart(live_rows), legend_selection=False)
+def live_frontier(choose, live_rows):
+    live_pick = mo.ui.altair_chart(
+        live_chart(live_rows),
+        legend_selection=False,
+        on_change=lambda _: choose(lambda i: picked(live_rows, live_pick.selections, i)),
+    )
     live_pick
-    return (live_pick,)
+    return
 
 
 @app.cell
@@ -2814,22 +2818,22 @@ def live_choice(live_rows):
         for i, row in enumerate(live_rows)
         if row["l0"] > 0.1
     }
-    _first = [name for name in _names if name.startswith("Standard,")][3]
-    live_list = mo.ui.dropdown(_names, value=_first, label="inspect")
+    _first = [name for name in _names if name.startswith("Standard,")][-2]
+    choice, choose = mo.state(_names[_first])
+    live_list = mo.ui.dropdown(_names, value=_first, label="inspect", on_change=choose)
     live_list
-    return (live_list,)
+    return choice, choose
 
 
 @app.cell
-def live_latents(live_list, live_pick, live_rows, live_saes, live_seed):
-    _i = picked(live_rows, live_pick.selections, live_list.value)
-    _latents = latents_of(live_saes[_i], small_world(live_seed))
+def live_latents(choice, live_rows, live_saes, live_seed):
+    _row, _latents = live_rows[choice()], latents_of(live_saes[choice()], small_world(live_seed))
     picture(
-        latents_chart(_latents, live_rows[_i]["variant"]),
+        latents_chart(_latents, _row["variant"]),
         "Each point is a latent of the SAE you picked: how well it points at a true feature, and "
         "which share of that feature's strength it gives back. On the dashed line nothing is lost. "
         "Standard stays far below it; pick a Gated one to compare.",
-        latents_sentence(live_rows[_i], _latents),
+        latents_sentence(_row, _latents),
     )
     return
 
@@ -2847,8 +2851,9 @@ def frontier_end(runs, saved):
             [
                 mo.md(
                     "On the plain world, at FVU 0.2. MCC: mean cosine of true and learned "
-                    "directions, matched one to one. F1: of latents as detectors of their features. Gated detects better, and "
-                    "on this data its directions are *less* true than those of Standard."
+                    "directions, matched one to one. F1: of latents as detectors of their "
+                    "features. Gated detects better, and on this data its directions are *less* "
+                    "true than those of Standard."
                 ),
                 mo.md(
                     as_markdown(
@@ -2985,8 +2990,8 @@ def recovered_picture(claimed):
     picture(
         recovered_chart(_rows),
         "Loss recovered by a Standard and a Gated SAE, against both baselines. Here a random "
-        "softmax head of 50 classes stands in for a model (results/claims.json, row D1). Read "
-        "across: the higher baseline row is the more flattering.",
+        "softmax head of 50 classes stands in for a model (results/claims.json, row D1). "
+        "Each score is further to the right against zeros.",
         recovered_sentence(_rows),
     )
     return
