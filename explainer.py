@@ -2016,7 +2016,13 @@ def world_controls(steps):
     starts = list(range(12))
     _step = max(1, steps // 20)
     step = mo.ui.slider(
-        0, steps // _step * _step, step=_step, value=0, label="training step", show_value=True
+        0,
+        steps // _step * _step,
+        step=_step,
+        value=0,
+        label="training step",
+        show_value=True,
+        debounce=True,
     )
     start = mo.ui.dropdown([str(seed) for seed in starts], value="5", label="start")
     mo.hstack([step, start], justify="start", wrap=True)
@@ -2098,7 +2104,9 @@ def shrink_feedback(ask_2):
 
 @app.cell
 def shrink_controls(strengths):
-    l1_shrink = mo.ui.slider(steps=strengths, value=0.8, label="penalty weight λ", show_value=True)
+    l1_shrink = mo.ui.slider(
+        steps=strengths, value=0.8, label="penalty weight λ", show_value=True, debounce=True
+    )
     l1_shrink
     return (l1_shrink,)
 
@@ -2181,7 +2189,9 @@ def gate_feedback(ask_3):
 
 @app.cell
 def gate_controls(strengths):
-    l1_gate = mo.ui.slider(steps=strengths, value=0.8, label="penalty weight λ", show_value=True)
+    l1_gate = mo.ui.slider(
+        steps=strengths, value=0.8, label="penalty weight λ", show_value=True, debounce=True
+    )
     l1_gate
     return (l1_gate,)
 
@@ -2257,7 +2267,9 @@ def naive_feedback(ask_4):
 
 @app.cell
 def naive_controls(strengths):
-    l1_naive = mo.ui.slider(steps=strengths, value=0.4, label="penalty weight λ", show_value=True)
+    l1_naive = mo.ui.slider(
+        steps=strengths, value=0.4, label="penalty weight λ", show_value=True, debounce=True
+    )
     l1_naive
     return (l1_naive,)
 
@@ -2464,10 +2476,20 @@ def tied_feedback(ask_6):
 @app.cell
 def tied_controls():
     opens_at = mo.ui.slider(
-        -1.0, 1.5, step=0.05, value=0.6, label="the gate opens at z =", show_value=True
+        -1.0,
+        1.5,
+        step=0.05,
+        value=0.6,
+        label="the gate opens at z =",
+        show_value=True,
+        debounce=True,
     )
-    r_mag = mo.ui.slider(-0.5, 0.5, step=0.05, value=0.2, label="r_mag", show_value=True)
-    b_mag = mo.ui.slider(-0.5, 0.5, step=0.05, value=0.1, label="b_mag", show_value=True)
+    r_mag = mo.ui.slider(
+        -0.5, 0.5, step=0.05, value=0.2, label="r_mag", show_value=True, debounce=True
+    )
+    b_mag = mo.ui.slider(
+        -0.5, 0.5, step=0.05, value=0.1, label="b_mag", show_value=True, debounce=True
+    )
     mo.vstack([opens_at, r_mag, b_mag])
     return b_mag, opens_at, r_mag
 
@@ -2646,9 +2668,11 @@ def gamma_feedback(ask_8):
 @app.cell
 def gamma_controls():
     degrees = mo.ui.slider(
-        0, 85, step=5, value=60, label="angle of x̂ to x, degrees", show_value=True
+        0, 85, step=5, value=60, label="angle of x̂ to x, degrees", show_value=True, debounce=True
     )
-    length = mo.ui.slider(0.1, 1.2, step=0.05, value=0.5, label="length of x̂", show_value=True)
+    length = mo.ui.slider(
+        0.1, 1.2, step=0.05, value=0.5, label="length of x̂", show_value=True, debounce=True
+    )
     mo.vstack([degrees, length])
     return degrees, length
 
@@ -2777,7 +2801,13 @@ def live_form(live_steps):
         mo.md("{steps} {seed}")
         .batch(
             steps=mo.ui.slider(
-                min(50, live_steps), 500, value=live_steps, step=50, label="steps", show_value=True
+                min(50, live_steps),
+                500,
+                value=live_steps,
+                step=50,
+                label="steps",
+                show_value=True,
+                debounce=True,
             ),
             seed=mo.ui.number(0, 999, value=1, label="seed"),
         )
@@ -2914,8 +2944,10 @@ def jump_feedback(ask_10):
 
 @app.cell
 def jump_controls():
-    theta = mo.ui.slider(0.0, 1.5, step=0.05, value=0.5, label="threshold θ", show_value=True)
-    z_end = mo.ui.slider(0.05, 2.0, step=0.05, value=1.5, label="z", show_value=True)
+    theta = mo.ui.slider(
+        0.0, 1.5, step=0.05, value=0.5, label="threshold θ", show_value=True, debounce=True
+    )
+    z_end = mo.ui.slider(0.05, 2.0, step=0.05, value=1.5, label="z", show_value=True, debounce=True)
     mo.vstack([theta, z_end])
     return theta, z_end
 
