@@ -1073,7 +1073,7 @@ def learn(kind, l1, starts, steps, **options):
         if not getattr(sae, "tied", True):
             sae.W_mag.copy_(sae.W_enc)
     data, history = flatland(), []
-    held_out = next(data.batches(4000, seed=1))
+    held_out = next(data.batches(2000, seed=1))
 
     def note(step):
         found = evaluate(sae, [held_out])
@@ -1081,7 +1081,7 @@ def learn(kind, l1, starts, steps, **options):
         history.append({"step": step, "W_dec": W_dec, "l0": found.l0, "fvu": found.fvu})
 
     note(0)
-    schedule = {"steps": steps, "lr": 3e-2, "log_every": max(1, steps // 20), "device": "cpu"}
+    schedule = {"steps": steps, "lr": 3e-2, "log_every": max(1, steps // 10), "device": "cpu"}
     l1 = torch.tensor(l1)
     for record in train(sae, data.batches(256, seed=0), l1=l1, sparse=False, **schedule):
         if record.step > 1:
@@ -1253,6 +1253,7 @@ def dying_chart(histories, member):
         {"kind": kind, "step": point["step"], "l0": point["l0"][member].item()}
         for kind, history in histories.items()
         for point in history
+        if point["step"] <= min(h[-1]["step"] for h in histories.values())
     ]
     names = list(histories)
     look = [PALETTE["Standard"][0], PALETTE["Gated"][0]]
@@ -2014,7 +2015,7 @@ def world_feedback(ask_1):
 @app.cell
 def world_controls(steps):
     starts = list(range(12))
-    _step = max(1, steps // 20)
+    _step = max(1, steps // 10)
     step = mo.ui.slider(
         0,
         steps // _step * _step,
@@ -2279,7 +2280,7 @@ def naive_training(steps, strengths):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a dead SAE has no scale to measure
         _, naive_history = learn(
-            GatedSAE, strengths, [5] * len(strengths), steps, tied=False, aux=None
+            GatedSAE, strengths, [5] * len(strengths), steps // 2, tied=False, aux=None
         )
     return (naive_history,)
 
@@ -2577,7 +2578,7 @@ def norms_training(steps):
         warnings.simplefilter("ignore")  # two of these fail, and are here to be seen failing
         for _penalty, _aux in itertools.product(("live", "frozen"), ("frozen", "unfrozen")):
             _, norms_history[f"norms {_penalty}, aux {_aux}"] = learn(
-                GatedSAE, [0.8], [5], steps, penalty=f"norm_{_penalty}", aux=_aux
+                GatedSAE, [0.8], [5], steps // 2, penalty=f"norm_{_penalty}", aux=_aux
             )
     return (norms_history,)
 

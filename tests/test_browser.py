@@ -86,6 +86,18 @@ def shown(page, name, text):
     playwright.expect(cell(page, name)).to_contain_text(text, timeout=SECONDS)
 
 
+def words(page, name):
+    """What a cell says; callouts keep their text in a shadow tree."""
+    return page.evaluate(
+        """name => {
+             const text = node => node.nodeType === 3 ? node.data
+               : [...(node.shadowRoot ?? node).childNodes].map(text).join('')
+             return text(document.querySelector(`[data-cell-name=${name}]`))
+           }""",
+        name,
+    )
+
+
 def drawn(page, name):
     """What a picture looks like now."""
     return cell(page, name).locator("svg.marks, canvas.marks").first.screenshot()
@@ -155,9 +167,14 @@ def test_answers_get_their_feedback(page):
 
 def test_the_form_trains_and_an_sae_can_be_inspected(page):
     shown(page, "live_latents", "Standard, λ = 0.71")
-    before, said = drawn(page, "live_frontier"), cell(page, "live_latents").text_content()
+    before, said = drawn(page, "live_frontier"), words(page, "live_latents")
+    assert "latents fire on a row" in said
     cell(page, "live_form").get_by_role("button", name="Train").click()
-    playwright.expect(cell(page, "live_latents")).not_to_have_text(said, timeout=2 * SECONDS)
+    for _ in range(300):
+        if words(page, "live_latents") != said:
+            break
+        page.wait_for_timeout(200)
+    assert words(page, "live_latents") != said
     page.wait_for_timeout(300)
     assert drawn(page, "live_frontier") != before
     cell(page, "live_choice").locator("select").select_option(label="Gated, λ = 1.43")

@@ -150,7 +150,7 @@ def lesson():
 def test_every_cell_runs(lesson):
     shown, definitions = lesson
     assert len(definitions["live_saes"]) == 5 * len(explainer.LIVE)
-    assert definitions["naive_history"][-1]["step"] == 20
+    assert definitions["naive_history"][-1]["step"] == 10
     for number in range(1, 12):
         assert f"{number} · " in shown
     assert shown.count("Predict first.") == 11
