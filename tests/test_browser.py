@@ -1,0 +1,212 @@
+"""A real browser opens `marimo run explainer.py`: what a reader sees, and what answers to the keys.
+
+Skipped where playwright or chromium is missing. One server and one page for the whole file.
+"""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+if CHROMIUM is None:
+    pytest.skip("chromium is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).parent.parent
+FLAGS = [
+    *("--no-sandbox", "--disable-background-networking", "--disable-component-update"),
+    *("--disable-sync", "--no-first-run", "--disable-quic"),
+]
+PICTURES = [
+    *("world", "shrink", "gate", "naive", "aux", "tied", "norms", "gamma", "frontier"),
+    *("jump", "recovered"),
+]
+SECONDS = 30_000  # of patience, in milliseconds
+
+
+@pytest.fixture(scope="module")
+def address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "marimo", "run", "explainer.py", "--headless", "--no-token"]
+    server = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in server.stdout:
+        if "URL" in line:
+            break
+    yield f"http://127.0.0.1:{port}"
+    server.terminate()
+    server.communicate(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def page(address):
+    """The notebook, run to its end; `page.complaints` are what no reader should ever meet."""
+    with playwright.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.complaints = []
+        page.on(
+            "console",
+            lambda m: page.complaints.append(m.text) if m.type == "error" else None,
+        )
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on(
+            "request",
+            lambda r: (
+                None
+                if r.url.startswith((address, "data:", "blob:"))
+                else page.complaints.append(f"asked for {r.url}")
+            ),
+        )
+        page.goto(address)
+        for last in ("live_latents", "jump_picture", "claims_table"):  # those that run last
+            playwright.expect(cell(page, last)).to_be_visible(timeout=2 * SECONDS)
+        yield page
+        browser.close()
+
+
+def cell(page, name):
+    return page.locator(f"[data-cell-name={name}]")
+
+
+def shown(page, name, text):
+    playwright.expect(cell(page, name)).to_contain_text(text, timeout=SECONDS)
+
+
+def words(page, name):
+    """What a cell says; callouts keep their text in a shadow tree."""
+    return page.evaluate(
+        """name => {
+             const text = node => node.nodeType === 3 ? node.data
+               : [...(node.shadowRoot ?? node).childNodes].map(text).join('')
+             return text(document.querySelector(`[data-cell-name=${name}]`))
+           }""",
+        name,
+    )
+
+
+def drawn(page, name):
+    """What a picture looks like now."""
+    return cell(page, name).locator("svg.marks, canvas.marks").first.screenshot()
+
+
+def test_every_section_and_picture_is_there(page):
+    headings = page.locator("h2").all_inner_texts()
+    numbers = [int(text.split("·")[0]) for text in headings if "·" in text]
+    assert numbers == list(range(1, 12))
+    for name in PICTURES:
+        picture = cell(page, f"{name}_picture")
+        playwright.expect(picture.locator("svg.marks, canvas.marks").first).to_be_visible()
+        assert len(picture.locator("em").first.inner_text()) > 60, f"{name} has no caption"
+    for name in PICTURES:
+        shown(page, f"{name}_question", "Predict first.")
+        shown(page, f"{name}_feedback", "Choose an answer")
+        shown(page, f"{name}_end", "Keep:")
+
+
+def test_no_formula_is_broken_and_nothing_failed(page):
+    assert page.locator(".katex").count() > 40
+    assert page.locator(".katex-error").count() == 0
+    text = page.locator("body").inner_text()
+    assert "Traceback" not in text
+    assert "$" not in text
+
+
+def test_pictures_are_described_to_those_who_cannot_see_them(page):
+    for name in PICTURES:
+        described = (
+            cell(page, f"{name}_picture")
+            .locator("[aria-label]")
+            .evaluate_all("found => found.map(e => e.getAttribute('aria-label'))")
+        )
+        assert max(map(len, described)) > 60, name
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "says"),
+    [
+        ("world", "End", "After 200 steps"),
+        ("shrink", "ArrowRight", "With λ = 1.0"),
+        ("gate", "ArrowRight", "At λ = 1.0"),
+        ("tied", "ArrowRight", "opens at z = 0.65"),
+        ("gamma", "ArrowLeft", "squared cosine of 55°"),
+        ("jump", "ArrowRight", "θ = 0.55"),
+    ],
+)
+def test_a_slider_moved_by_a_key_changes_its_picture(page, section, key, says):
+    before = drawn(page, f"{section}_picture")
+    slider = cell(page, f"{section}_controls").get_by_role("slider").first
+    slider.focus()
+    slider.press(key)
+    shown(page, f"{section}_picture", says)
+    page.wait_for_timeout(200)
+    assert drawn(page, f"{section}_picture") != before
+
+
+def test_answers_get_their_feedback(page):
+    question = cell(page, "shrink_question")
+    question.get_by_role("radio").nth(0).click()
+    shown(page, "shrink_feedback", "No: 1.6.")
+    question.get_by_role("radio").nth(1).click()
+    shown(page, "shrink_feedback", "Right.")
+    shown(page, "shrink_feedback", "λ/2 = 0.4")
+
+
+def test_the_form_trains_and_an_sae_can_be_inspected(page):
+    shown(page, "live_latents", "Standard, λ = 0.71")
+    before, said = drawn(page, "live_frontier"), words(page, "live_latents")
+    assert "latents fire on a row" in said
+    cell(page, "live_form").get_by_role("button", name="Train").click()
+    for _ in range(300):
+        if words(page, "live_latents") != said:
+            break
+        page.wait_for_timeout(200)
+    assert words(page, "live_latents") != said
+    page.wait_for_timeout(300)
+    assert drawn(page, "live_frontier") != before
+    cell(page, "live_choice").locator("select").select_option(label="Gated, λ = 1.43")
+    shown(page, "live_latents", "Gated, λ = 1.43")
+
+
+def test_a_click_on_a_point_inspects_its_sae(page):
+    chart = cell(page, "live_frontier").locator("svg.marks, canvas.marks").first
+    box = chart.bounding_box()
+    chart.click(position={"x": 0.1 * box["width"], "y": 0.15 * box["height"]})
+    shown(page, "live_latents", "Gated, λ = 2.40")
+    cell(page, "live_choice").locator("select").select_option(label="JumpReLU, λ = 0.17")
+    shown(page, "live_latents", "JumpReLU, λ = 0.17")
+
+
+def test_nothing_sticks_out_on_a_phone(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_timeout(1000)
+    wide = page.evaluate(
+        """() => [...document.querySelectorAll('[data-cell-name] *')].filter(e => {
+             const box = e.getBoundingClientRect();
+             return box.width > 0 && box.right > innerWidth + 1 && !e.closest('code')
+           }).map(e => e.closest('[data-cell-name]').dataset.cellName)"""
+    )
+    assert not wide
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_folded_code_is_that_of_the_module(page):
+    cell(page, "shrink_end").get_by_role("button", name=re.compile("The code")).click()
+    shown(page, "shrink_end", "def shrink(a: Tensor, l1: float) -> Tensor:")
+
+
+def test_no_complaint_and_no_request_to_the_outside(page):
+    assert page.complaints == []
