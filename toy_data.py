@@ -33,7 +33,7 @@ def orthogonal_directions(n: int, d: int, generator: torch.Generator) -> Tensor:
     equal singular values, then unit rows again.
     """
     D = random_directions(n, d, generator)
-    for _ in range(50):
+    for _ in range(200):
         U, _, Vt = torch.linalg.svd(D, full_matrices=False)
         D = F.normalize(U @ Vt, dim=-1)
     return D
