@@ -1178,16 +1178,17 @@ def reconstruct(sae: SAE, x: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tens
 
 
 # -- On many devices -------------------------------------------------------------------------------
-# Processes on a mesh of devices, with dimensions ("data", "model"), do together what one would do.
-# Along "data", process k has n_k of a batch's n rows; along "model", process K a share of the
-# latents and the same rows. All that belongs to one row or one latent stays where it is, Adam and
-# unit norms too. What crosses is whatever sums over both rows or both latents:
+# The processes of a mesh ("data", "model") of devices do together what one would. Along "data",
+# process k has n_k of a batch's n rows; along "model", process K a share of the latents, and the
+# same rows as its neighbours. What belongs to one latent stays with it, unit norms and Adam too.
+# What crosses are sums over all rows or over all latents:
 #
 #     E = Σ_k n_k/n E_k        x̂ = Σ_K f_K W_dec_K + b_dec        penalty(f) = Σ_K penalty(f_K)
 #
-# So along "data": the losses and every gradient, by DistributedDataParallel where a process has all
-# latents. Along "model": x̂, penalties, and the gradient of the b_dec in x - b_dec. There parameters
-# are DTensors, which let the losses above run as they stand; section 11 sums by hand.
+# So along "data": the losses and every gradient, by DistributedDataParallel where each process has
+# all latents. Along "model": x̂, the penalties, and b_dec's gradient as x - b_dec. Parameters there
+# are DTensors, on which the losses run as they stand; section 11 sums by hand. (What one process
+# alone refuses, say a batch of another shape, leaves the others waiting: torchrun ends them.)
 
 
 def average(t: Tensor, mesh) -> Tensor:
@@ -1235,9 +1236,10 @@ class Part(nn.Module):
 
 
 def spread(sae: SAE, mesh) -> nn.Module:
-    """What gives the `Part` of an SAE, whose parameters it turns, in place, into DTensors if the
-    mesh shares latents out. On the meta device they have no numbers: they start here, from a seed
-    for each share, and no process ever holds them all.
+    """Lays an SAE out on the mesh, in place; calls give this process's `Part`.
+
+    Where latents are shared out its parameters become DTensors. On the meta device they have no
+    numbers: they start here, from a seed for each share, and no process ever holds them all.
     """
     part = Part(sae, mesh)
     if mesh is None or is_shared(sae.W_dec):
@@ -1278,9 +1280,9 @@ def share_of(t: Tensor) -> Tensor:
 
 
 def whole(t: Tensor, p: Tensor | None = None) -> Tensor:
-    """All of a DTensor, on every process; or, given p, of that of which they hold t where p's are.
+    """All of a DTensor, on every process; any other tensor is whole.
 
-    Any other tensor is whole.
+    Given p: all of what is spread as p is, of which this process holds t.
     """
     if p is not None and is_shared(p):
         t = as_share(t, p, p.device_mesh, p.placements)
@@ -1322,7 +1324,7 @@ def over_latents(t: Tensor, sae: SAE) -> Tensor:
 
 
 def average_gradients(sae: SAE, mesh) -> None:
-    """Of DTensors: DistributedDataParallel has done so with others."""
+    """Those that are DTensors: DistributedDataParallel has seen to all others."""
     for p in sae.parameters():
         if is_shared(p) and p.grad is not None:
             p.grad = p.grad.redistribute(placements=p.placements)  # of b_dec, a sum over "model"
@@ -1330,8 +1332,8 @@ def average_gradients(sae: SAE, mesh) -> None:
 
 
 def whole_state(state):
-    """A state dict, of an SAE or an optimiser, without DTensors: they come whole to the CPU of the
-    first process, and None elsewhere. Every process takes part.
+    """A state dict, of an SAE or an optimiser, with each DTensor whole, on the CPU: in the first
+    process, and None in others, which must take part.
     """
     if isinstance(state, dict):
         return {key: whole_state(value) for key, value in state.items()}
