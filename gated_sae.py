@@ -32,8 +32,8 @@ module, which run as one.
 Map.  The ideas: 2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient vanishes ·
 5 the auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training. No idea uses a
 later one (checks and other upkeep aside): stop after any section and own what came before. The
-engineering: 10 on a real model · 11 the fast exact path · 12 files and conversions · 13 upkeep ·
-14 the command line.
+engineering: 10 on a real model · 11 the fast exact path, and many devices · 12 files and
+conversions · 13 upkeep · 14 the command line.
 
 Departures from the paper: W_enc starts as a copy of W_dec transposed, and λ warms up (both became
 practice later); dead latents are resampled on request only; the untied variant has no r_mag, since
@@ -41,6 +41,7 @@ W_mag has scales of its own; the learning rate warms up and falls over shares of
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -90,6 +91,11 @@ def rows(v: Tensor) -> Tensor:
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
     """E‖x - x̂‖²: (..., batch, d_in) twice -> (...)."""
     return (x - x_hat).square().sum(-1).mean(-1)
+
+
+def positive(x_sq: Tensor) -> Tensor:
+    """E‖x‖², or 1 for 0: an all-zero batch has no scale to divide by."""
+    return torch.where(x_sq > 0, x_sq, 1)
 
 
 class Losses(NamedTuple):
@@ -203,8 +209,7 @@ class SAE(nn.Module, ABC):
     def normalized(self, terms: Losses, x: Tensor) -> Losses:
         if not self.normalize:
             return terms
-        x_sq = x.square().sum(-1).mean(-1)
-        x_sq = torch.where(x_sq > 0, x_sq, 1)  # an all-zero batch has no scale to divide by
+        x_sq = positive(x.square().sum(-1).mean(-1))
         return terms._replace(reconstruct=terms.reconstruct / x_sq, aux=terms.aux / x_sq)
 
     @property
@@ -590,12 +595,12 @@ class Metrics(Moments):
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, batches: Iterable[Tensor], sparse: bool | None = None) -> Metrics:
+def evaluate(sae: SAE, batches: Iterable[Tensor], sparse: bool | None = None, mesh=None) -> Metrics:
     """Metrics over any number of batches, of any sizes, in constant memory.
 
     Ratios of means over the whole stream: how it was cut into batches changes nothing but rounding.
     Sums are float64 (MPS: float32). A NaN or infinity raises ValueError, with the batch's number.
-    `sparse`: see `Trainer`.
+    `sparse`, `mesh`: see `Trainer`. Over a mesh, all processes get the metrics of all rows.
     """
     n_rows, origin, sums, share = 0, None, {}, 1.0  # `share` of latents that fire on a row
     for x in stream(sae, batches, whole=True):
@@ -603,7 +608,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], sparse: bool | None = None) ->
         x, n = x.to(x_hat.dtype), x.shape[-2]
         share = fires.mean().item() / n
         # Centred near the data: far from the origin, E‖x‖² - ‖E x‖² would cancel to nothing.
-        origin = x[..., :1, :] if origin is None else origin
+        origin = average(x[..., :1, :].clone(), mesh) if origin is None else origin
         means = vars(moments(x, x_hat)) | dict(
             error=squared_error(x, x_hat),
             offset=(x - origin).mean(-2),
@@ -613,10 +618,11 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], sparse: bool | None = None) ->
         )
         sums = {name: sums.get(name, 0) + n * mean for name, mean in means.items()}
         n_rows += n
-    mean = {name: total / n_rows for name, total in sums.items()}
+    n_each = average(sums["error"].new_tensor(n_rows), mesh)
+    mean = {name: average(total, mesh) / n_each for name, total in sums.items()}
     variance = mean["variance"] - mean.pop("offset").square().sum(-1)
     mean["variance"] = variance.expand_as(mean["error"])
-    return Metrics(n_rows=n_rows, **mean)
+    return Metrics(n_rows=n_rows if mesh is None else round(n_each.item() * mesh.size(0)), **mean)
 
 
 # -- 9 · Training ----------------------------------------------------------------------------------
@@ -632,7 +638,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], sparse: bool | None = None) ->
 def step_on_unit_norm(optimizer: torch.optim.Optimizer, W_dec: Tensor) -> None:
     """grad d_i ← grad d_i - (grad d_i · d_i) d_i; a step; d_i ← d_i / ‖d_i‖, 0 for 0."""
     rows_at_once = 256 if W_dec.device.type == "cpu" else W_dec.numel()  # 256 stay in a CPU's cache
-    grads, units = (v.flatten(0, -2).split(rows_at_once) for v in (W_dec.grad, W_dec))
+    grads, units = (share_of(v).flatten(0, -2).split(rows_at_once) for v in (W_dec.grad, W_dec))
     for grad, d in zip(grads, units, strict=True):
         grad.addcmul_((grad * d).sum(-1, keepdim=True), d, value=-1)
     optimizer.step()
@@ -666,6 +672,8 @@ class Trainer:
                keeps float32. Parameters, sums and losses are float32 in any case
     device     the SAE and each batch go there. None: where the SAE is, but from a CPU to the
                accelerator if there is one
+    mesh       a torch DeviceMesh, ("data", "model"), to train on many devices: see the section of
+               that name. Each process gives its own rows; all report the losses of all rows
 
     A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. A half-precision SAE is a
     TypeError: its rounding swallows the steps. Where x lies far from the origin, as in language
@@ -687,16 +695,20 @@ class Trainer:
         sparse: bool | None = None,
         autocast: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        mesh=None,
     ):
         self.sae, self.steps, self.autocast = sae, steps, autocast
         self.sparse = False if sparse is None and autocast else sparse
         self.lr, self.shares = lr, (lr_warmup, l1_warmup, lr_decay)
-        self.resample_every = resample_every
+        self.resample_every, self.mesh = resample_every, mesh
         check_schedule(self, l1)
-        sae.to(device or default_device(sae.W_dec.device))
-        self.l1 = torch.as_tensor(l1).detach().clone().to(sae.W_enc)
-        if sae.unit_norm:
-            fold_decoder_norms(sae)
+        if not sae.W_dec.is_meta:  # there, on a mesh alone, it has no numbers yet
+            on_mesh = getattr(mesh, "device_type", None)
+            sae.to(device or on_mesh or default_device(sae.W_dec.device))
+            if sae.unit_norm:
+                fold_decoder_norms(sae)
+        self.losses = spread(sae, mesh)
+        self.l1 = torch.as_tensor(l1).detach().clone().to(sae.W_enc.device, sae.W_enc.dtype)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, fused=True)
         self.done, self.density = 0, 1.0  # steps taken; the share of latents that fire on a row
         self.silent = torch.ones(sae.W_dec.shape[:-1], dtype=torch.bool, device=sae.W_dec.device)
@@ -723,26 +735,29 @@ class Trainer:
         on_cpu = x.device.type == "cpu"
         looks = step % 20 == 0 if on_cpu else wait
         if looks:  # at a few rows: it costs next to nothing
-            self.density = (sae.encode(x[..., :32, :]) > 0).float().mean().item()
+            few = sae.encode(like(x[..., :32, :], sae.b_dec))
+            self.density = average(whole((few > 0).float().mean()), self.mesh).item()
         sparse = is_sparse(sae, x, self.density, self.sparse)
         self.optimizer.zero_grad()
         amp = torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None)
         with amp, torch.enable_grad():  # gradients also where the caller has switched them off
-            losses = sparse_losses(sae, x) if sparse else sae.losses(x)
+            losses = self.losses(x, sparse)
             total = losses.total(l1)
         self.broken |= ~total.isfinite().all()
         if wait or resamples or on_cpu:
-            check_finite(self.broken, total, x, step)
+            check_finite(self.broken, total, x, step, self.mesh)
         self.optimizer.found_inf = self.broken.float()  # if 1, fused Adam takes no step
         total.backward(torch.ones_like(total))
+        average_gradients(sae, self.mesh)
         if self.resample_every:  # a latent that fires on no row leaves its d_i without a gradient
-            self.silent &= (sae.W_dec.grad == 0).all(-1)
+            self.silent &= whole((sae.W_dec.grad == 0).all(-1))
         self.optimizer.param_groups[0]["lr"] = lr
         if sae.unit_norm:
             step_on_unit_norm(self.optimizer, sae.W_dec)
         else:
             self.optimizer.step()
         if resamples:
+            x = torch.cat([v.to(x.device) for v in gather(x, self.mesh)], -2)
             resample(sae, self.silent, x, self.generator, self.optimizer, sparse)
             self.silent.fill_(True)
             self.density = 1.0  # those revived fire often
@@ -756,7 +771,7 @@ class Trainer:
             record = self.step(x, wait=logs)
             if logs:
                 sparse = is_sparse(self.sae, x, self.density, self.sparse)
-                record = record._replace(metrics=evaluate(self.sae, [x], sparse))
+                record = record._replace(metrics=evaluate(self.sae, [x], sparse, self.mesh))
             yield record
         if self.done < self.steps:
             ended = f"batches ended after {self.done} of {self.steps} steps"
@@ -1111,8 +1126,8 @@ def sparse_paths(sae: SAE, x: Tensor) -> tuple[Support, Tensor, Tensor]:
 def sparse_losses(sae: SAE, x: Tensor) -> Losses:
     """`sae.losses(x)`, to rounding, in the SAE's own dtype. x gets no gradient."""
     check_rows(sae, x, only_batches=True)
-    x = x.detach()
-    support, f_gate, f = sparse_paths(sae, x)
+    x, own = x.detach(), own_latents(sae)
+    support, f_gate, f = sparse_paths(own, x)
 
     def error(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
         def gradients(grad: Tensor) -> tuple[Tensor, Tensor | None]:  # of f and W_dec
@@ -1120,9 +1135,9 @@ def sparse_losses(sae: SAE, x: Tensor) -> Losses:
             return support.products(grad, W_dec), W_grad
 
         x_hat = Known.apply(support.to_rows(f, W_dec), gradients, f, W_dec)
-        return squared_error(x, x_hat + rows(b_dec))
+        return squared_error(x, over_latents(x_hat, sae) + rows(b_dec))
 
-    W_dec, b_dec = sae.W_dec, sae.b_dec
+    W_dec, b_dec = own.W_dec, whole(sae.b_dec)
     reconstruct = error(f, W_dec, b_dec)
     aux = torch.zeros_like(reconstruct)
     if getattr(sae, "aux", None) == "frozen":
@@ -1133,6 +1148,7 @@ def sparse_losses(sae: SAE, x: Tensor) -> Losses:
     one, by_norm = f_gate.view(-1, 1, 1), sae.penalty.startswith("norm")
     norm = support.per_entry(W_dec.norm(dim=-1)).view(-1, 1, 1) if by_norm else one
     sparsity = support.per_latent(sae.penalise(one, norm).view(-1)).sum(-1) / x.shape[-2]
+    sparsity = over_latents(sparsity, sae)
     return sae.normalized(Losses(reconstruct, sparsity, aux), x)
 
 
@@ -1151,11 +1167,196 @@ def reconstruct(sae: SAE, x: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tens
     """x̂, and of each latent over the rows Σ f and how often it fires; float64 (MPS: float32)."""
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     if sparse:
-        support, _, f = sparse_paths(sae, x)
-        x_hat = support.to_rows(f, sae.W_dec) + rows(sae.b_dec)
-        return x_hat.to(wide), *(support.per_latent(s.to(wide)) for s in (f, f > 0))
-    f = sae.encode(x)
-    return sae.decode(f).to(wide), *(s.sum(-2, dtype=wide) for s in (f, f > 0))
+        own, latents = own_latents(sae), sae.W_dec[..., 0]
+        support, _, f = sparse_paths(own, x)
+        x_hat = over_latents(support.to_rows(f, own.W_dec), sae) + rows(whole(sae.b_dec))
+        sums = (support.per_latent(s.to(wide)) for s in (f, f > 0))
+        return x_hat.to(wide), *(whole(s, latents) for s in sums)
+    f = sae.encode(like(x, sae.b_dec))
+    x_hat = whole(sae.decode(f))
+    return x_hat.to(wide), *(whole(s.sum(-2, dtype=wide)) for s in (f, f > 0))
+
+
+# -- On many devices -------------------------------------------------------------------------------
+# The processes of a mesh ("data", "model") of devices do together what one would. Along "data",
+# process k has n_k of a batch's n rows; along "model", process K a share of the latents, and the
+# same rows as its neighbours. What belongs to one latent stays with it, unit norms and Adam too.
+# What crosses are sums over all rows or over all latents:
+#
+#     E = Σ_k n_k/n E_k        x̂ = Σ_K f_K W_dec_K + b_dec        penalty(f) = Σ_K penalty(f_K)
+#
+# So along "data": the losses and every gradient, by DistributedDataParallel where each process has
+# all latents. Along "model": x̂, the penalties, and b_dec's gradient as x - b_dec. Parameters there
+# are DTensors, on which the losses run as they stand; section 11 sums by hand. (What one process
+# alone refuses, say a batch of another shape, leaves the others waiting: torchrun ends them.)
+
+
+def average(t: Tensor, mesh) -> Tensor:
+    """The mean over "data" of each process's t, in place."""
+    if mesh is not None:
+        torch.distributed.all_reduce(t, group=mesh.get_group("data"))
+        t /= mesh.size(0)
+    return t
+
+
+def gather(value, mesh) -> list:
+    """Each process's value, along "data": a tensor, by way of the CPU, or what can be pickled."""
+    if mesh is None:
+        return [value]
+    values = [None] * mesh.size(0)
+    value = value.cpu() if isinstance(value, Tensor) else value
+    torch.distributed.all_gather_object(values, value, group=mesh.get_group("data"))
+    return values
+
+
+def with_gradient_of(t: Tensor, value: Tensor) -> Tensor:
+    return Known.apply(value, lambda grad: (grad,), t)
+
+
+class Part(nn.Module):
+    """The losses of all rows, with gradients of this process's: their mean is that of all rows."""
+
+    def __init__(self, sae: SAE, mesh):
+        super().__init__()
+        self.sae, self.mesh = sae, mesh
+
+    def forward(self, x: Tensor, sparse: bool) -> Losses:
+        sae, mesh = self.sae, self.mesh
+        losses = sparse_losses(sae, x) if sparse else sae.losses(like(x, sae.b_dec))
+        if mesh is None:
+            return losses
+        n, scale = x.new_full((), x.shape[-2]), 1
+        weight = n / average(n.clone(), mesh)
+        if sae.normalize:  # by E‖x‖² of all rows instead
+            x_sq = x.square().sum(-1).mean(-1)
+            scale = positive(x_sq) / positive(average(weight * x_sq, mesh))
+        scales = Losses(reconstruct=scale, sparsity=1, aux=scale)
+        own = [weight * s * whole(term) for s, term in zip(scales, losses, strict=True)]
+        return Losses(*map(with_gradient_of, own, average(torch.stack(own).detach(), mesh)))
+
+
+def spread(sae: SAE, mesh) -> nn.Module:
+    """Lays an SAE out on the mesh, in place; calls give this process's `Part`.
+
+    Where latents are shared out its parameters become DTensors. On the meta device they have no
+    numbers: they start here, from a seed for each share, and no process ever holds them all.
+    """
+    part = Part(sae, mesh)
+    if mesh is None or is_shared(sae.W_dec):
+        return part
+    if (n := mesh.size(1)) == 1:
+        options = dict(process_group=mesh.get_group("data"), gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(part, **options)
+    from torch.distributed.tensor import Replicate, Shard
+
+    k, width = mesh.get_local_rank("model"), -(-sae.d_sae // n)
+    config = sae.config | dict(d_sae=min(width, sae.d_sae - k * width))
+    at = dict(device=mesh.device_type, dtype=sae.W_dec.dtype)
+    share = type(sae)(**config, generator=torch.Generator().manual_seed(k), **at)
+    for name, p in list(sae.named_parameters()):
+        placement = Replicate() if name == "b_dec" else Shard(p.ndim - 1 - (name == "W_dec"))
+        new = as_share(share.get_parameter(name).detach(), p, mesh["model"], [placement])
+        if not p.is_meta:
+            new.copy_(like(p.detach(), new))
+        setattr(sae, name, nn.Parameter(new, p.requires_grad))
+    return part
+
+
+def is_shared(t: Tensor) -> bool:
+    return hasattr(t, "placements")  # a DTensor, whose class would take a second to import
+
+
+def as_share(t: Tensor, all_of_it: Tensor, mesh, placements) -> Tensor:
+    """The DTensor that has the shape of `all_of_it` and, on this process, holds t."""
+    from torch.distributed.tensor import DTensor
+
+    size = dict(shape=all_of_it.shape, stride=all_of_it.stride())
+    return DTensor.from_local(t, mesh, placements, run_check=False, **size)
+
+
+def share_of(t: Tensor) -> Tensor:
+    """What this process holds of a DTensor, in place; any other tensor it holds."""
+    return t.to_local() if is_shared(t) else t
+
+
+def whole(t: Tensor, p: Tensor | None = None) -> Tensor:
+    """All of a DTensor, on every process; any other tensor is whole.
+
+    Given p: all of what is spread as p is, of which this process holds t.
+    """
+    if p is not None and is_shared(p):
+        t = as_share(t, p, p.device_mesh, p.placements)
+    return t.full_tensor() if is_shared(t) else t
+
+
+def like(t: Tensor, p: Tensor) -> Tensor:
+    """The reverse of `whole`: t, which every process has, spread as p is."""
+    if not is_shared(p):
+        return t
+    mesh, (placement,) = p.device_mesh, p.placements
+    own = t
+    if placement.is_shard():
+        own = t.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()]
+    return as_share(own.to(p.device), t, mesh, p.placements)
+
+
+def own_latents(sae: SAE) -> SAE:
+    """An SAE of the latents on this process. Its gradients go to `sae`."""
+    if not is_shared(sae.W_dec):
+        return sae
+    from torch.distributed.tensor import Partial
+
+    own = copy.copy(sae)
+    own._parameters = {
+        name: p.to_local(grad_placements=[Partial()] if name == "b_dec" else p.placements)
+        for name, p in sae.named_parameters()
+    }
+    return own
+
+
+def over_latents(t: Tensor, sae: SAE) -> Tensor:
+    """The sum over "model" of each process's t, with its gradient."""
+    if not is_shared(sae.W_dec):
+        return t
+    value = t.detach().clone()
+    torch.distributed.all_reduce(value, group=sae.W_dec.device_mesh.get_group())
+    return with_gradient_of(t, value)
+
+
+def average_gradients(sae: SAE, mesh) -> None:
+    """Those that are DTensors: DistributedDataParallel has seen to all others."""
+    for p in sae.parameters():
+        if is_shared(p) and p.grad is not None:
+            p.grad = p.grad.redistribute(placements=p.placements)  # of b_dec, a sum over "model"
+            average(share_of(p.grad), mesh)
+
+
+def whole_state(state):
+    """A state dict, of an SAE or an optimiser, with each DTensor whole, on the CPU: in the first
+    process, and None in others, which must take part.
+    """
+    if isinstance(state, dict):
+        return {key: whole_state(value) for key, value in state.items()}
+    if not isinstance(state, Tensor) or not is_shared(state):
+        return state
+    t = whole(state)
+    return t.cpu() if torch.distributed.get_rank() == 0 else None
+
+
+@torch.no_grad()
+def load_whole_state(trainer: Trainer, sae_state: dict, optimizer_state: dict) -> None:
+    """What `whole_state` gave for both, on this or another mesh or on none, into a Trainer."""
+
+    def moment(t: Tensor, p: Tensor) -> Tensor:  # in memory as p: fused Adam looks at no strides
+        return torch.empty_like(p).copy_(like(t, p)) if t.ndim else t
+
+    sae, parameters = trainer.sae, list(trainer.sae.parameters())
+    sae.load_state_dict({name: like(t, sae.get_parameter(name)) for name, t in sae_state.items()})
+    moments = {
+        number: {key: moment(t, parameters[number]) for key, t in state.items()}
+        for number, state in optimizer_state["state"].items()
+    }
+    trainer.optimizer.load_state_dict(optimizer_state | dict(state=moments))
 
 
 # -- 12 · Files and conversions --------------------------------------------------------------------
@@ -1412,8 +1613,10 @@ def resample(
     weight = weight.view(-1, batch).to(generator.device)
     drawn = torch.multinomial(weight, n, n > batch, generator=generator).to(x.device)
     nth = (dead.cumsum(-1) - 1).clamp_min(0)  # the nth dead latent gets the nth row drawn
-    drawn = drawn.view(*sae.stack, n).gather(-1, nth).unsqueeze(-1)
-    d = F.normalize((x - rows(sae.b_dec)).take_along_dim(drawn, -2), dim=-1)  # as W_dec
+    drawn = drawn.view(*sae.stack, n).gather(-1, nth)
+    dead, drawn = (like(v, sae.W_dec[..., 0]) for v in (dead, drawn))
+    centred = like(x, sae.b_dec) - rows(sae.b_dec)
+    d = F.normalize(centred.take_along_dim(drawn.unsqueeze(-1), -2), dim=-1)  # as W_dec
     size = 0.2 * mean_of_living(sae.W_enc.norm(dim=-2), dead).unsqueeze(-1)
     W_enc = (torch.where(size > 0, size, 0.2) * d).mT
     start = sae.latent_vectors | dict(W_dec=d, W_enc=W_enc, W_mag=W_enc)
@@ -1536,16 +1739,26 @@ def check_schedule(trainer: Trainer, l1: float | Tensor) -> None:
         raise ValueError(f"{names} are {shares}, expected shares in [0, 1]")
     if torch.finfo(sae.W_enc.dtype).bits < 32:
         raise TypeError(f"the SAE is {sae.W_enc.dtype}, expected float32: train, then convert")
+    if (mesh := trainer.mesh) is not None and mesh.mesh_dim_names != ("data", "model"):
+        raise ValueError(f"mesh has dimensions {mesh.mesh_dim_names}, expected ('data', 'model')")
+    n = 1 if mesh is None else mesh.size(1)
+    if sae.d_sae <= (n - 1) * -(-sae.d_sae // n):
+        raise ValueError(f"d_sae is {sae.d_sae}, expected a share for each of {n} processes")
+    if sae.W_dec.is_meta and n == 1:
+        raise ValueError("the SAE is on the meta device, expected a mesh that shares latents out")
     l1 = torch.as_tensor(l1)
     if l1.shape not in ((), sae.stack) or not ((l1 >= 0) & l1.isfinite()).all():
         wanted = f"finite and ≥ 0, of shape () or {sae.stack}"
         raise ValueError(f"l1 is {l1.tolist()}, expected {wanted}")
 
 
-def check_finite(broken: Tensor, total: Tensor, x: Tensor, step: int) -> None:
+def check_finite(broken: Tensor, total: Tensor, x: Tensor, step: int, mesh) -> None:
     """A loss that is no number would make every parameter none."""
     if broken:
-        cause = f"the loss is {total.tolist()}" if x.isfinite().all() else bad_rows(x)
+        found = gather("" if x.isfinite().all() else bad_rows(x), mesh)
+        if mesh is not None:
+            found = [f"data process {k}: {rows}" for k, rows in enumerate(found) if rows]
+        cause = next(filter(None, found), f"the loss is {total.tolist()}")
         if total.isfinite().all():  # on a GPU, where not every step is looked at
             cause = "an earlier loss, since the last record, was not finite"
         broken.zero_()  # it was told: the next batch may be better
