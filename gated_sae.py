@@ -1340,7 +1340,13 @@ def whole_state(state):
     if not isinstance(state, Tensor) or not is_shared(state):
         return state
     t = whole(state)
-    return t.cpu() if torch.distributed.get_rank() == 0 else None
+    return t.cpu() if is_first() else None
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes, or the only one."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not several or torch.distributed.get_rank() == 0
 
 
 @torch.no_grad()
@@ -1379,7 +1385,7 @@ def save(sae: SAE, folder: str | os.PathLike) -> None:
     If the folder holds an SAE of the same configuration, its weights are replaced; if of another
     one, ValueError. A kill at any moment leaves the old SAE or the new: the config is written while
     there are no weights and never changes under them, and the weights are replaced in one move.
-    (One process at a time may save to a folder.)
+    (One process at a time may save to a folder: of those of a mesh, all call this, and one writes.)
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -1388,7 +1394,10 @@ def save(sae: SAE, folder: str | os.PathLike) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, expected a folder to save into")
     given = _describe(sae)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in sae.state_dict().items()}
+    tensors = whole_state(dict(sae.state_dict()))
+    if not is_first():
+        return
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     blank = type(sae)(**sae.config, dtype=sae.W_enc.dtype, device="meta")
     _fill(blank, tensors, "the SAE")  # what could not be loaded is not saved
     if (folder / WEIGHTS_FILE).exists():
@@ -1891,7 +1900,7 @@ def _open_rows(file: Path) -> tuple[tuple[int, int], torch.dtype, Callable[[int,
 
 
 def save_checkpoint(trainer: Trainer, folder: str | os.PathLike, run: dict) -> None:
-    """All that the next step depends on, and the SAE as `save` writes it.
+    """All that the next step depends on, and the SAE as `save` writes it. On a mesh, all call it.
 
     `run` holds what else defines the run, numbers and strings. A kill at any moment, or a full
     disk, leaves the last checkpoint.
@@ -1900,31 +1909,35 @@ def save_checkpoint(trainer: Trainer, folder: str | os.PathLike, run: dict) -> N
         raise ValueError("a loss was not finite since the last record, expected none to save")
     state = dict(
         run=run,
-        sae=trainer.sae.state_dict(),
-        optimizer=trainer.optimizer.state_dict(),
+        sae=whole_state(dict(trainer.sae.state_dict())),
+        optimizer=whole_state(trainer.optimizer.state_dict()),
         done=trainer.done,
         density=trainer.density,
         silent=trainer.silent,
         generator=trainer.generator.get_state(),
     )
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    _replace(Path(folder) / CHECKPOINT_FILE, lambda new: torch.save(state, new))
+    if is_first():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        _replace(Path(folder) / CHECKPOINT_FILE, lambda new: torch.save(state, new))
     save(trainer.sae, folder)
 
 
 def load_checkpoint(trainer: Trainer, folder: str | os.PathLike, run: dict) -> None:
-    """Brings a Trainer made alike to where `save_checkpoint` was. ValueError if `run` differs."""
+    """Brings a Trainer made alike, on whatever devices, to where `save_checkpoint` was.
+
+    ValueError if `run` differs.
+    """
     path = Path(folder) / CHECKPOINT_FILE
     try:
-        state = torch.load(path, map_location=trainer.sae.W_dec.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         held = state["run"]
     except (OSError, EOFError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: {error}, expected a checkpoint") from None
     check_same(f"{path} is of another run", held, run)
-    trainer.sae.load_state_dict(state["sae"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.done, trainer.density, trainer.silent = map(state.get, ("done", "density", "silent"))
-    trainer.generator.set_state(state["generator"].cpu())
+    load_whole_state(trainer, state["sae"], state["optimizer"])
+    trainer.done, trainer.density = state["done"], state["density"]
+    trainer.silent.copy_(state["silent"])
+    trainer.generator.set_state(state["generator"])
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -1940,6 +1953,7 @@ def run_train(args: argparse.Namespace) -> None:
         raise ValueError(f"{out} exists, expected a new folder, or --resume and one with its run")
     data = Activations(args.activations)
     steps = args.steps or max(1, len(data) // args.batch)
+    mesh = mesh_of_torchrun(args.device, args.shards)
     trainer = Trainer(
         ARCHITECTURES[args.variant](
             data.d_in,
@@ -1953,7 +1967,8 @@ def run_train(args: argparse.Namespace) -> None:
         lr=args.lr,
         resample_every=args.resample_every,
         autocast=torch.bfloat16 if args.dtype == "bfloat16" else None,
-        device=args.device,
+        device=args.device if mesh is None else None,
+        mesh=mesh,
     )
     given = "variant", "d_sae", "l1", "batch", "lr", "resample_every", "dtype", "seed"
     run = {name: getattr(args, name) for name in given} | dict(steps=steps, data=data.describe())
@@ -1962,13 +1977,18 @@ def run_train(args: argparse.Namespace) -> None:
         save(trainer.sae, out)  # if the last run ended between the two files
     else:
         # Data may lie far from the origin, and b_dec would be long on its way there.
-        trainer.sae.b_dec.data.copy_(next(data.batches(args.batch, args.seed)).double().mean(0))
+        mean = next(data.batches(args.batch, args.seed)).double().mean(0)
+        share_of(trainer.sae.b_dec.data).copy_(mean)
     batches, stops = data.batches(args.batch, args.seed, trainer.done), []
-    bar = tqdm(total=steps, initial=trainer.done, desc=args.variant, unit="step")
+    if mesh is not None:  # each process reads all rows, and keeps its own
+        batches = (x.tensor_split(mesh.size(0))[mesh.get_local_rank("data")] for x in batches)
+    off = not is_first()
+    bar = tqdm(total=steps, initial=trainer.done, desc=args.variant, unit="step", disable=off)
     with stopping(stops.append), bar:
         for record in trainer.run(batches, args.log_every):
             bar.update()
-            if m := record.metrics:
+            stop = all_agree(stops, mesh, record.step)
+            if (m := record.metrics) and is_first():
                 shown = dict(loss=record.losses.total(record.l1), L0=m.l0, FVU=m.fvu, gamma=m.gamma)
                 shown = {name: float(f"{value:.4g}") for name, value in shown.items()}
                 bar.set_postfix(shown)
@@ -1976,10 +1996,32 @@ def run_train(args: argparse.Namespace) -> None:
                 with open(out / LOG_FILE, "a") as log:  # steps taken twice are there twice
                     print(json.dumps({"step": record.step} | shown), file=log)
             # After step 1, too: a disk that will not do should say so at once.
-            if stops or record.step in (1, steps) or record.step % args.checkpoint_every == 0:
+            if stop or record.step in (1, steps) or record.step % args.checkpoint_every == 0:
                 save_checkpoint(trainer, out, run)
-            if stops and record.step < steps:
+            if stop and record.step < steps:
                 raise ValueError(f"stopped after step {record.step} of {steps}; --resume goes on")
+
+
+def mesh_of_torchrun(device: str | None, shards: int):
+    """The mesh of all processes that torchrun started, with `shards` along "model"; else None."""
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    if n % shards:
+        raise ValueError(f"--shards is {shards} for {n} processes, expected one that divides them")
+    if n == 1:
+        return None
+    kind = torch.device(device or default_device()).type
+    return torch.distributed.init_device_mesh(
+        kind, (n // shards, shards), mesh_dim_names=("data", "model")
+    )
+
+
+def all_agree(stops: list, mesh, step: int) -> bool:
+    """Whether to stop. A signal reaches processes at different steps: every tenth they ask."""
+    if mesh is None or step % 10:
+        return mesh is None and bool(stops)
+    stop = torch.tensor(float(bool(stops)), device=mesh.device_type)
+    torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
+    return stop.item() > 0
 
 
 @contextmanager
@@ -2048,6 +2090,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", default=0, type=number(int, 0), help="of first weights and order; default: 0")
     add("--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help=DTYPE_HELP)
     add("--device", help="cpu, cuda, cuda:1, mps; default: the accelerator if there is one")
+    add("--shards", default=1, type=number(int, 1), help=SHARDS_HELP)
     add("--log-every", default=100, type=number(int, 1), help="steps; default: 100")
     add("--checkpoint-every", default=1000, type=number(int, 1), help="steps; default: 1000")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
@@ -2076,6 +2119,9 @@ unbiased). Find λ by a few short runs: raise --l1 until L0 is as low as you lik
 for FVU rises. λ goes with the scale of x, and the default --lr with rows scaled to E‖x‖² = d_in or
 so. b_dec starts at the mean of the first batch.
 
+Under torchrun (torchrun --nproc-per-node 8 gated_sae.py train ...) the processes share each batch,
+or, with --shards, the latents, and end where one would, to rounding.
+
 Ctrl-C, SIGTERM, or a crash: the same command with --resume goes on from the last checkpoint, and on
 a CPU ends with the very bits of a run that was never stopped."""
 EVAL_HELP = """Measure an SAE on all rows: means over the whole file, in one pass.
@@ -2084,6 +2130,7 @@ l0: latents that fire on a row. fvu: fraction of variance unexplained. gamma: le
 reconstructions beside the best one, 1 is unbiased, below 1 too short (shrinkage). cosine_squared: 1
 would be perfect directions. norm_ratio: E‖x̂‖² / E‖x‖². l1_norm: E‖f‖₁. dead_fraction: latents that
 never fired."""
+SHARDS_HELP = "under torchrun: how many processes share the latents; default: 1, all hold all"
 DTYPE_HELP = "of the weights, default: float32; bfloat16: float32 weights, products in bfloat16"
 
 
@@ -2094,6 +2141,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, AssertionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 

@@ -413,6 +413,45 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(activations, tmp_path,
     assert_same_end(tmp_path / "whole", out)
 
 
+@pytest.mark.parametrize("shards", ["1", "2"])
+def test_under_torchrun_two_processes_go_on_where_one_was_and_end_where_one_would(
+    activations, tmp_path, shards, monkeypatch
+):
+    """In float64, with a number of latents and of rows that two do not divide."""
+    more = ["--steps", "20", "--dtype", "float64", "--d-sae", "15", "--batch", "33"]
+    more += ["--resample-every", "6", "--log-every", "5"]
+    assert main(train_args(activations, tmp_path / "one", *more)) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    torchrun.append(str(ROOT / "gated_sae.py"))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name in ("two", "one, then two"):
+        args = train_args(activations, tmp_path / name, *more)
+        if name != "two":
+            step = Trainer.step
+
+            def stopped(self, x, wait=False, step=step):
+                if self.done == 8:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return step(self, x, wait)
+
+            monkeypatch.setattr(Trainer, "step", stopped)
+            assert main(args) == 1
+            monkeypatch.undo()
+        command = [*torchrun, *args, "--shards", shards, "--resume"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        one, two = (dict(load(tmp_path / folder).state_dict()) for folder in ("one", name))
+        assert_equal(two, one, rtol=1e-9, atol=1e-10)
+        log = (tmp_path / name / "log.jsonl").read_text()
+        assert log == (tmp_path / "one" / "log.jsonl").read_text()
+
+
+def test_shards_divide_the_processes(activations, tmp_path, capsys):
+    assert main(train_args(activations, tmp_path / "a", "--shards", "2")) == 1
+    assert "--shards is 2 for 1 processes" in capsys.readouterr().err
+
+
 KILL = """
 import os, random, signal, sys, time
 import numpy, safetensors.torch, tqdm

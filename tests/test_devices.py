@@ -11,7 +11,16 @@ from torch import distributed as dist
 from torch import multiprocessing
 from torch.distributed.tensor.debug import CommDebugMode
 
-from gated_sae import GatedSAE, Trainer, evaluate, load_whole_state, train, whole, whole_state
+from gated_sae import (
+    GatedSAE,
+    Trainer,
+    evaluate,
+    load,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+    whole,
+)
 
 DATA, MODEL = (2, 1), (1, 2)
 SPARSE = dict(sparse=True)
@@ -111,15 +120,11 @@ def stopped(mesh):
     return message, all(torch.equal(after[name], v) for name, v in before.items())
 
 
-def state_of(trainer):
-    return [whole_state(v.state_dict()) for v in (trainer.sae, trainer.optimizer)]
-
-
-def go_on(mesh, state):
-    """From step 10 to 20."""
+def go_on(mesh, folder):
+    """From a checkpoint after step 10 to 20."""
     trainer = start(mesh, *TRAININGS["gated"])
-    load_whole_state(trainer, *state)
-    trainer.done = 10
+    load_checkpoint(trainer, folder, {})
+    assert trainer.done == 10
     list(steps_of(trainer, 20))
     return all_of(trainer), trainer.density
 
@@ -163,10 +168,8 @@ def process(rank, size, folder):
             found[shape, name] = run(mesh, *training)
         trainer = start(mesh, *TRAININGS["gated"])
         list(steps_of(trainer, 10))
-        state = state_of(trainer)
-        if rank == 0:
-            torch.save(state, Path(folder) / f"state {shape}")
-        found[shape, "go on"] = go_on(mesh, torch.load(Path(folder) / "state of one"))
+        save_checkpoint(trainer, Path(folder) / f"of {shape}", {})
+        found[shape, "go on"] = go_on(mesh, Path(folder) / "of one")
         for variant in VARIANTS:
             found[shape, "one step", variant] = one_step(mesh, variant)
         found[shape, "reported"] = reported(mesh)
@@ -183,7 +186,7 @@ def process(rank, size, folder):
 def results_of(size, folder):
     trainer = start(None, *TRAININGS["gated"])
     list(steps_of(trainer, 10))
-    torch.save(state_of(trainer), folder / "state of one")
+    save_checkpoint(trainer, folder / "of one", {})
     multiprocessing.spawn(process, (size, str(folder)), nprocs=size)
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
@@ -247,9 +250,13 @@ def test_a_bad_row_on_one_process_stops_all_before_the_step(two, mesh):
 def test_a_state_of_two_processes_goes_on_in_one_and_the_reverse(two, folder, mesh):
     trainer = start(None, *TRAININGS["gated"])
     list(steps_of(trainer, 20))
-    one, state = all_of(trainer), torch.load(folder / f"state {mesh}")
-    for found, _ in [found[mesh, "go on"] for found in two] + [go_on(None, state)]:
+    one = all_of(trainer)
+    for found, _ in [found[mesh, "go on"] for found in two] + [go_on(None, folder / f"of {mesh}")]:
         assert_equal(found, one, rtol=1e-9, atol=1e-9)
+    trainer = start(None, *TRAININGS["gated"])
+    list(steps_of(trainer, 10))
+    own = dict(trainer.sae.state_dict())
+    assert_equal(dict(load(folder / f"of {mesh}").state_dict()), own, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("mesh", [DATA, MODEL])
