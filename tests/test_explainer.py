@@ -153,7 +153,7 @@ def test_every_cell_runs(lesson):
     assert definitions["naive_history"][-1]["step"] == 10
     for number in range(1, 12):
         assert f"{number} · " in shown
-    assert shown.count("Predict first.") == 11
+    assert shown.count("Predict first.") == 12
     assert explainer.verdict(definitions["saved"]["table"])[:40] in shown
 
 
