@@ -3320,7 +3320,7 @@ def language_feedback(ask_11):
 
 
 @app.cell
-def language_pictured(in_language):
+def language_picture(in_language):
     _ce = in_language["ce"]
     _levels = [(_ce[k], n) for k, n in (("clean", "as it is"), ("zero", "zeros"), ("mean", "mean"))]
     picture(

@@ -156,6 +156,20 @@ def test_a_slider_moved_by_a_key_changes_its_picture(page, section, key, says):
     assert drawn(page, f"{section}_picture") != before
 
 
+def test_the_language_model_is_there_and_its_baseline_can_be_changed(page):
+    picture = cell(page, "language_picture")
+    playwright.expect(picture.locator("svg.marks, canvas.marks").first).to_be_visible()
+    shown(page, "language_question", "Predict first.")
+    before = drawn(page, "recovered_picture")
+    cell(page, "recovered_controls").get_by_role("radio").nth(1).click()
+    page.wait_for_timeout(1500)
+    assert drawn(page, "recovered_picture") != before
+    cell(page, "language_question").get_by_role("radio").nth(1).click()
+    shown(page, "language_feedback", "No: about half.")
+    cell(page, "language_question").get_by_role("radio").nth(0).click()
+    shown(page, "language_feedback", "Right.")
+
+
 def test_answers_get_their_feedback(page):
     question = cell(page, "shrink_question")
     question.get_by_role("radio").nth(0).click()
