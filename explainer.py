@@ -1313,6 +1313,13 @@ def ask(question, options):
 
 
 @app.function
+def penalty_slider(strengths, value):
+    return mo.ui.slider(
+        steps=strengths, value=value, label="penalty weight λ", show_value=True, debounce=True
+    )
+
+
+@app.function
 def feedback(answer, right, why):
     """Right or not, and why; nothing is given away before there is an answer."""
     if answer is None:
@@ -2413,9 +2420,7 @@ def shrink_feedback(ask_2):
 
 @app.cell
 def shrink_controls(strengths):
-    l1_shrink = mo.ui.slider(
-        steps=strengths, value=0.8, label="penalty weight λ", show_value=True, debounce=True
-    )
+    l1_shrink = penalty_slider(strengths, 0.8)
     l1_shrink
     return (l1_shrink,)
 
@@ -2498,9 +2503,7 @@ def gate_feedback(ask_3):
 
 @app.cell
 def gate_controls(strengths):
-    l1_gate = mo.ui.slider(
-        steps=strengths, value=0.8, label="penalty weight λ", show_value=True, debounce=True
-    )
+    l1_gate = penalty_slider(strengths, 0.8)
     l1_gate
     return (l1_gate,)
 
@@ -2576,9 +2579,7 @@ def naive_feedback(ask_4):
 
 @app.cell
 def naive_controls(strengths):
-    l1_naive = mo.ui.slider(
-        steps=strengths, value=0.4, label="penalty weight λ", show_value=True, debounce=True
-    )
+    l1_naive = penalty_slider(strengths, 0.4)
     l1_naive
     return (l1_naive,)
 

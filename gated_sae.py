@@ -1884,13 +1884,18 @@ def _open_rows(file: Path) -> tuple[tuple[int, int], torch.dtype, Callable[[int,
             array = np.load(file, mmap_mode="r", allow_pickle=False)
             native = array.dtype.newbyteorder("=")
             shape, dtype = array.shape, torch.from_numpy(np.empty(0, native)).dtype
-            read = lambda first, last: torch.from_numpy(np.array(array[first:last], native))  # noqa: E731
+
+            def read(first: int, last: int) -> Tensor:
+                return torch.from_numpy(np.array(array[first:last], native))
         else:
             with safe_open(file, "pt") as tensors:
                 (name,) = tensors.keys()
                 array = tensors.get_slice(name)
             shape, dtype = array.get_shape(), array[:0].dtype
-            read = lambda first, last: array[first:last]  # noqa: E731
+
+            def read(first: int, last: int) -> Tensor:
+                return array[first:last]
+
         floats = torch.float16, torch.bfloat16, torch.float32, torch.float64
         if len(shape) != 2 or not all(shape) or dtype not in floats:
             raise ValueError(f"{dtype} {tuple(shape)}")
