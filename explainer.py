@@ -2820,7 +2820,8 @@ def tied_picture(b_mag, opens_at, r_mag):
 def tied_end():
     takeaway(
         "a Gated SAE with tied weights is a JumpReLU SAE, exactly; untied it is not. What differs "
-        "between the two papers is how θ is trained. At θ ≤ 0 nothing jumps.",
+        "in the paper that named JumpReLU SAEs (section 11) is how θ is trained. At θ ≤ 0 nothing "
+        "jumps.",
         Derivation=mo.md(r"""
         $\pi_\text{gate} > 0$ says $z > -b_\text{gate}$. Multiply by $e^{r_\text{mag}} > 0$ and add
         $b_\text{mag}$: $\pi_\text{mag} > b_\text{mag} - e^{r_\text{mag}} b_\text{gate} = \theta$.
@@ -3442,9 +3443,9 @@ def claims_heading():
     mo.md("""
     ### What was claimed, and what is measured
 
-    The paper's announcement was discussed at length, and each claim made there was measured in the
-    larger worlds, with 5 seeds. Verdicts are computed. Committed results; `python explainer.py
-    rebuild` measures them again.
+    The paper's announcement was discussed at length. The claims made there were measured, nearly
+    all in the larger worlds and with 5 seeds; what no toy can decide is marked. Verdicts are
+    computed. Committed results; `python explainer.py rebuild` measures them again.
     """)
     return
 

@@ -10,9 +10,9 @@ for *how strongly*, and so reconstructs as well with fewer of them.
 
     "The discussion" is the thread under its announcement, lesswrong.com/posts/vdoiWXeouGsZEYgrg.
 
-A *latent* is one of the d_sae coefficients of that sum; it *fires* on x where it is not zero. A
-batch is a matrix of rows x. Every parameter may carry leading `stack` dimensions: many SAEs in one
-module, which run as one.
+A *latent* is one of the d_sae coefficients of that sum; it *fires* on x where it is not zero. How
+many do so is ‖f‖₀, on average L0. A batch is a matrix of rows x. Every parameter may carry leading
+`stack` dimensions: many SAEs in one module, which run as one.
 
     x        x           (..., batch, d_in)    activations
     x̂        x_hat       (..., batch, d_in)    their reconstruction
@@ -31,13 +31,14 @@ module, which run as one.
 
 Map.  The ideas: 2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient vanishes ·
 5 the auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training. No idea uses a
-later one (checks and other upkeep aside): stop after any section and own what came before. The
-engineering: 10 on a real model · 11 the fast exact path, and many devices · 12 files and
-conversions · 13 upkeep · 14 the command line.
+later one (checks, speed and other devices aside): stop after any section and own what came
+before. The engineering: 10 on a real model · 11 the fast exact path, and many devices · 12 files
+and conversions · 13 upkeep · 14 the command line.
 
 Departures from the paper: W_enc starts as a copy of W_dec transposed, and λ warms up (both became
-practice later); dead latents are resampled on request only; the untied variant has no r_mag, since
-W_mag has scales of its own; the learning rate warms up and falls over shares of the run.
+practice later); latents that never fire are restarted on request only; the untied variant has no
+r_mag, since W_mag has scales of its own; the learning rate warms up and falls over shares of the
+run.
 """
 
 import argparse
@@ -452,8 +453,8 @@ class SoftCutoffSAE(StandardSAE):
 def heaviside(pi: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
     """1[π > θ] with a pseudo-gradient for θ alone, -1[|π - θ| < ε/2] / ε (arXiv 2407.14435).
 
-    The true gradient is zero but for a spike at θ; a window of width ε catches those π near it.
-    θ is a row, (..., 1, d_sae).
+    The true gradient is zero but for a spike at θ; a window of width ε = bandwidth catches those π
+    near it. θ is a row, (..., 1, d_sae).
     """
     ramp = ((pi.detach() - theta) / bandwidth + 0.5).clamp(0, 1)
     return (pi > theta) + (ramp - ramp.detach())
@@ -602,11 +603,11 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], sparse: bool | None = None, me
     Sums are float64 (MPS: float32). A NaN or infinity raises ValueError, with the batch's number.
     `sparse`, `mesh`: see `Trainer`. Over a mesh, all processes get the metrics of all rows.
     """
-    n_rows, origin, sums, share = 0, None, {}, 1.0  # `share` of latents that fire on a row
+    n_rows, origin, sums, density = 0, None, {}, 1.0  # density: share of latents that fire on a row
     for x in stream(sae, batches, whole=True):
-        x_hat, f_sum, fires = reconstruct(sae, x, is_sparse(sae, x, share, sparse))
+        x_hat, f_sum, fires = reconstruct(sae, x, is_sparse(sae, x, density, sparse))
         x, n = x.to(x_hat.dtype), x.shape[-2]
-        share = fires.mean().item() / n
+        density = fires.mean().item() / n
         # Centred near the data: far from the origin, E‖x‖² - ‖E x‖² would cancel to nothing.
         origin = average(x[..., :1, :].clone(), mesh) if origin is None else origin
         means = vars(moments(x, x_hat)) | dict(
@@ -632,6 +633,9 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], sparse: bool | None = None, me
 # Rows of W_dec have norm 1, or the penalty could be dodged: with d_i twice as long, half of f_i
 # gives the same x̂ at half the price. Each step removes the gradient's radial part, which would only
 # swell Adam's second moment; then steps; then renormalises: tangential steps leave the sphere too.
+#
+# On one device, without a mesh, `average`, `whole`, `share_of` and `like` give back what they get,
+# and `self.losses(x, sparse)` is `sae.losses(x)`, or its equal from section 11.
 
 
 @torch.no_grad()
@@ -707,10 +711,11 @@ class Trainer:
             sae.to(device or on_mesh or default_device(sae.W_dec.device))
             if sae.unit_norm:
                 fold_decoder_norms(sae)
-        self.losses = spread(sae, mesh)
+        self.losses = spread(sae, mesh)  # of sae; without a mesh, nothing is spread
         self.l1 = torch.as_tensor(l1).detach().clone().to(sae.W_enc.device, sae.W_enc.dtype)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, fused=True)
         self.done, self.density = 0, 1.0  # steps taken; the share of latents that fire on a row
+        # Which latents have not fired since the last resampling:
         self.silent = torch.ones(sae.W_dec.shape[:-1], dtype=torch.bool, device=sae.W_dec.device)
         self.broken = self.silent.new_zeros(())  # whether a loss was not finite
         self.generator = torch.Generator().manual_seed(0)
@@ -719,7 +724,8 @@ class Trainer:
         """One step, on a batch as in `SAE.losses`, and its Record, but for the metrics.
 
         On a GPU the host runs ahead of the device, and to ask for a value is to wait for it. So
-        there the loss is looked at, and the path chosen anew, only if told to `wait`.
+        there the loss is looked at only if told to `wait`, or where latents are resampled, and the
+        path chosen anew only then.
         """
         sae, step, (lr_warmup, l1_warmup, lr_decay) = self.sae, self.done + 1, self.shares
         if step > self.steps:
