@@ -59,7 +59,6 @@ with app.setup:
         "Standard 1.5x": (StandardSAE, 3 * N_FEATURES // 2, (0.2, 1.6)),
         "Gated": (GatedSAE, N_FEATURES, (0.4, 2.8)),
     }
-    COLOURS = alt.Scale(domain=list(COMPARED), range=["#d55e00", "#e69f00", "#0072b2"])
     # The evidence for the claims: (kind, options, (least λ, most λ)), then what becomes of some of
     # them once trained; `refit` trains without penalty.
     LOW, HIGH = (0.15, 1.2), (0.3, 2.4)
@@ -103,10 +102,9 @@ with app.setup:
         "Standard 1.5x": (StandardSAE, 768, (0.5, 8.0)),
         "Gated": (GatedSAE, 512, (1.0, 16.0)),
     }
-    SHAPES = alt.Scale(domain=list(COMPARED), range=["square", "triangle-up", "circle"])
+    STAR = "M0,-1L.25,-.3L1,-.3L.4,.15L.6,.9L0,.45L-.6,.9L-.4,.15L-1,-.3L-.25,-.3Z"
     # Colour and shape of each variant, the same in every picture: Okabe and Ito's colours, two of
     # them changed to be seen on black as well as on white.
-    STAR = "M0,-1L.25,-.3L1,-.3L.4,.15L.6,.9L0,.45L-.6,.9L-.4,.15L-1,-.3L-.25,-.3Z"
     PALETTE = {
         "Standard": ("#d55e00", "square"),
         "Standard 1.5x": ("#e69f00", "triangle-up"),
@@ -118,6 +116,10 @@ with app.setup:
         "soft cutoff": ("#a39a00", "triangle-right"),
         "JumpReLU": ("#785ef0", STAR),
     }
+    COLOURS, SHAPES = (
+        alt.Scale(domain=list(COMPARED), range=[PALETTE[variant][i] for variant in COMPARED])
+        for i in (0, 1)
+    )
     GREY = "#888888"
     # Trained while the reader waits: d_sae for each variant, for 40 features in 20 dimensions.
     LIVE = {"Standard": 40, "Standard 1.5x": 60, "Gated": 40, "rescale & shift": 40, "JumpReLU": 40}
@@ -1297,7 +1299,8 @@ def rebuild_language(steps, seed):
         found = language(model_steps, steps, seed, progress=progress)
     compared = language_comparison(found)
     shown = [found["table"], compared] if compared else [found["table"]]
-    print("", *map(as_markdown, shown), language_verdict(found), sep="\n\n")
+    said = language_losses(found), language_verdict(found)
+    print("", *map(as_markdown, shown), *said, sep="\n\n")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "language.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     language_chart(found).save(RESULTS / "language.svg")
@@ -2123,7 +2126,6 @@ def jump_sentence(theta, z, numbers):
 def spliced_chart(found, key, title, rules=()):
     """A column of the language model's table against L0; `rules`: (level, name), drawn across."""
     names = list(dict.fromkeys(row["variant"] for row in found["table"]))
-    domain = {"domain": names}
     curves = (
         alt.Chart(alt.Data(values=[row for row in found["table"] if row["l0"] > 0.1]))
         .mark_line(point=alt.OverlayMarkDef(size=70, filled=True, opacity=1), strokeWidth=2)
@@ -2140,7 +2142,7 @@ def spliced_chart(found, key, title, rules=()):
             ),
             shape=alt.Shape(
                 "variant:N",
-                scale=alt.Scale(**domain, range=[PALETTE[name][1] for name in names]),
+                scale=alt.Scale(domain=names, range=[PALETTE[name][1] for name in names]),
                 legend=alt.Legend(title=None, orient="top"),
             ),
             order="l1:Q",
@@ -2149,8 +2151,8 @@ def spliced_chart(found, key, title, rules=()):
     )
     levels = alt.Chart(alt.Data(values=[{key: level, "name": name} for level, name in rules]))
     levels = levels.encode(y=f"{key}:Q")
-    names = levels.mark_text(align="left", dx=4, dy=-7, x=0, color=GREY).encode(text="name:N")
-    return panel(levels.mark_rule(strokeDash=[4, 4], color=GREY) + names + curves, 280)
+    labels = levels.mark_text(align="left", dx=4, dy=-7, x=0, color=GREY).encode(text="name:N")
+    return panel(levels.mark_rule(strokeDash=[4, 4], color=GREY) + labels + curves, 280)
 
 
 @app.function
@@ -2820,7 +2822,7 @@ def tied_picture(b_mag, opens_at, r_mag):
 def tied_end():
     takeaway(
         "a Gated SAE with tied weights is a JumpReLU SAE, exactly; untied it is not. What differs "
-        "in the paper that named JumpReLU SAEs (section 11) is how θ is trained. At θ ≤ 0 nothing "
+        "in the paper that named JumpReLU SAEs (section 12) is how θ is trained. At θ ≤ 0 nothing "
         "jumps.",
         Derivation=mo.md(r"""
         $\pi_\text{gate} > 0$ says $z > -b_\text{gate}$. Multiply by $e^{r_\text{mag}} > 0$ and add
@@ -3290,7 +3292,7 @@ def jump_end():
 @app.cell(hide_code=True)
 def language_gist():
     mo.md("""
-    ### In a language model
+    ## 11 · In a language model
 
     Toy data is made to be found. So here is a transformer of one layer that predicts the next byte
     of Python's own help texts, and SAEs for what its MLP puts out. Their reconstruction goes back
@@ -3407,7 +3409,7 @@ def recovered_end():
 @app.cell(hide_code=True)
 def next_gist():
     mo.md("""
-    ## 11 · Where the field went next, and what toy data cannot show
+    ## 12 · Where the field went next, and what toy data cannot show
 
     **JumpReLU SAEs** ([arXiv 2407.14435](https://arxiv.org/abs/2407.14435)), three months later and
     in part by the same people, keep the activation of section 6, drop the auxiliary task, and train

@@ -1105,10 +1105,10 @@ def candidates(x: Tensor, C: Tensor, b: Tensor, dtype: torch.dtype) -> Support:
 def rounding(dtype: torch.dtype) -> float:
     """eps of the factors of a product: by torch's switches, a float32 may be rounded to less."""
     try:
-        whole = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+        exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # set by the newer switches, of which this function knows nothing
-        whole = False
-    return torch.finfo(dtype if whole else torch.bfloat16).eps
+        exact = False
+    return torch.finfo(dtype if exact else torch.bfloat16).eps
 
 
 def sparse_paths(sae: SAE, x: Tensor) -> tuple[Support, Tensor, Tensor]:
@@ -1772,7 +1772,7 @@ def check_finite(broken: Tensor, total: Tensor, x: Tensor, step: int, mesh) -> N
     if broken:
         found = gather("" if x.isfinite().all() else bad_rows(x), mesh)
         if mesh is not None:
-            found = [f"data process {k}: {rows}" for k, rows in enumerate(found) if rows]
+            found = [f"data process {k}: {bad}" for k, bad in enumerate(found) if bad]
         cause = next(filter(None, found), f"the loss is {total.tolist()}")
         if total.isfinite().all():  # on a GPU, where not every step is looked at
             cause = "an earlier loss, since the last record, was not finite"
@@ -2028,8 +2028,10 @@ def mesh_of_torchrun(device: str | None, shards: int):
 
 def all_agree(stops: list, mesh, step: int) -> bool:
     """Whether to stop. A signal reaches processes at different steps: every tenth they ask."""
-    if mesh is None or step % 10:
-        return mesh is None and bool(stops)
+    if mesh is None:
+        return bool(stops)
+    if step % 10:
+        return False
     stop = torch.tensor(float(bool(stops)), device=mesh.device_type)
     torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
     return stop.item() > 0
@@ -2058,10 +2060,10 @@ def run_eval(args: argparse.Namespace) -> None:
 
     data = Activations(args.activations)
     device = args.device or default_device()
-    batches = -(-torch.tensor(data.lengths) // args.batch)
+    n_batches = sum(-(-n // args.batch) for n in data.lengths)
     if (sae := load(args.sae, device)).stack:
         raise ValueError(f"{args.sae} holds a stack of shape {sae.stack}, expected a single SAE")
-    m = evaluate(sae, tqdm(data.in_order(args.batch), total=int(batches.sum())))
+    m = evaluate(sae, tqdm(data.in_order(args.batch), total=n_batches))
     names = "l0", "fvu", "gamma", "cosine_squared", "norm_ratio", "l1_norm", "dead_fraction"
     with warnings.catch_warnings():  # of a ratio without a value: it is shown as such
         warnings.simplefilter("ignore", RuntimeWarning)

@@ -237,7 +237,7 @@ def test_a_bad_row_on_one_process_stops_all_before_the_step(two, mesh):
     where = (
         "data process 1: NaN or infinity in 1 of 4"
         if mesh == DATA
-        else ("data process 0: NaN or infinity in 1 of 9")
+        else "data process 0: NaN or infinity in 1 of 9"
     )
     message = f"step 3: {where} rows, first in row 3"
     for found in two:

@@ -151,7 +151,7 @@ def test_every_cell_runs(lesson):
     shown, definitions = lesson
     assert len(definitions["live_saes"]) == 5 * len(explainer.LIVE)
     assert definitions["naive_history"][-1]["step"] == 10
-    for number in range(1, 12):
+    for number in range(1, 13):
         assert f"{number} · " in shown
     assert shown.count("Predict first.") == 12
     assert explainer.verdict(definitions["saved"]["table"])[:40] in shown
