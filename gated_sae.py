@@ -1905,7 +1905,16 @@ def _open_rows(file: Path) -> tuple[tuple[int, int], torch.dtype, Callable[[int,
         floats = torch.float16, torch.bfloat16, torch.float32, torch.float64
         if len(shape) != 2 or not all(shape) or dtype not in floats:
             raise ValueError(f"{dtype} {tuple(shape)}")
-    except (ValueError, TypeError, AttributeError, OSError, EOFError, SafetensorError) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        OSError,
+        EOFError,
+        SafetensorError,
+        IndexError,
+        OverflowError,
+    ) as error:
         raise ValueError(f"{file}: {error}, expected one array (rows, d_in) of floats") from None
     return tuple(shape), dtype, read
 
@@ -1928,6 +1937,9 @@ def save_checkpoint(trainer: Trainer, folder: str | os.PathLike, run: dict) -> N
         generator=trainer.generator.get_state(),
     )
     if is_first():
+        if (Path(folder) / WEIGHTS_FILE).exists():  # as in `save`, before anything is replaced
+            held = _describe(_blank(Path(folder)))
+            check_same(f"{folder} holds another SAE", held, _describe(trainer.sae))
         Path(folder).mkdir(parents=True, exist_ok=True)
         _replace(Path(folder) / CHECKPOINT_FILE, lambda new: torch.save(state, new))
     save(trainer.sae, folder)
@@ -1941,10 +1953,22 @@ def load_checkpoint(trainer: Trainer, folder: str | os.PathLike, run: dict) -> N
     path = Path(folder) / CHECKPOINT_FILE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        held = state["run"]
-    except (OSError, EOFError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
+        wanted = "run", "sae", "optimizer", "done", "density", "silent", "generator"
+        held, tensors, *_ = (state[name] for name in wanted)
+        sizes = {name: tuple(t.shape) for name, t in tensors.items()}
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as error:
         raise ValueError(f"{path}: {error}, expected a checkpoint") from None
     check_same(f"{path} is of another run", held, run)
+    own = {name: tuple(p.shape) for name, p in trainer.sae.named_parameters()}
+    check_same(f"{path} is of another SAE", sizes, own)
     load_whole_state(trainer, state["sae"], state["optimizer"])
     trainer.done, trainer.density = state["done"], state["density"]
     trainer.silent.copy_(state["silent"])
@@ -2015,7 +2039,8 @@ def run_train(args: argparse.Namespace) -> None:
 
 def mesh_of_torchrun(device: str | None, shards: int):
     """The mesh of all processes that torchrun started, with `shards` along "model"; else None."""
-    n = int(os.environ.get("WORLD_SIZE", 1))
+    if not (world := os.environ.get("WORLD_SIZE", "1")).isdecimal() or (n := int(world)) < 1:
+        raise ValueError(f"WORLD_SIZE is {world!r}, expected a positive integer")
     if n % shards:
         raise ValueError(f"--shards is {shards} for {n} processes, expected one that divides them")
     if n == 1:

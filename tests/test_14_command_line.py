@@ -625,6 +625,14 @@ def test_a_checkpoint_of_another_run_changes_nothing_and_its_own_restores_all(tm
         load_checkpoint(fresh, tmp_path, {"a": 2, "b": 3})
     assert_equal(dict(fresh.sae.state_dict()), before, rtol=0, atol=0)
     load_checkpoint(fresh, tmp_path, {"a": 1})
+    other = Trainer(GatedSAE(8, 32), l1=0.3, steps=10, device="cpu")
+    held, weights = contents(tmp_path), other.sae.W_dec.detach().clone()
+    with pytest.raises(ValueError, match="of another SAE"):
+        load_checkpoint(other, tmp_path, {"a": 1})
+    with pytest.raises(ValueError, match="holds another SAE"):
+        save_checkpoint(other, tmp_path, {"a": 1})
+    assert contents(tmp_path) == held
+    assert torch.equal(other.sae.W_dec, weights)
     assert (fresh.done, fresh.density) == (1, 0.25)
     assert fresh.silent.nonzero().tolist() == [[3]]
     assert torch.equal(fresh.generator.get_state(), trainer.generator.get_state())
