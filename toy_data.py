@@ -1,7 +1,6 @@
 """Sparse superposition data with known ground truth, and the scores that need that truth.
 
-There are more features than dimensions. On each row a few of them fire, each along a direction of
-its own:
+There are more features than dimensions; on each row a few fire, each along its own direction:
 
     x = f D + mean + noise      f (batch, n_features), nowhere negative and mostly zero
                                 D (n_features, d_in), the dictionary, with rows of norm 1
@@ -9,7 +8,7 @@ its own:
 An SAE sees x alone. Here D and f are known too, so one can ask whether it found them.
 """
 
-import argparse
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,7 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# -- The dictionary --------------------------------------------------------------------------------
+# -- The data: directions, magnitudes, and a world of both -----------------------------------------
+
+
+def _expect(ok: bool | Tensor, name: str, came: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {came!r}, expected {expected}")
 
 
 def random_directions(n: int, d: int, generator: torch.Generator) -> Tensor:
@@ -26,12 +30,9 @@ def random_directions(n: int, d: int, generator: torch.Generator) -> Tensor:
 
 
 def orthogonal_directions(n: int, d: int, generator: torch.Generator) -> Tensor:
-    """Directions as orthogonal as n and d allow: (n, d).
-
-    For n ≤ d they are orthonormal. For n > d they approach a tight frame, where Σ_ij (d_i · d_j)²
-    is as small as it can be, n²/d (Benedetto & Fickus 2003). Found by turns: the nearest matrix of
-    equal singular values, then unit rows again.
-    """
+    """Directions as orthogonal as n and d allow: (n, d). For n ≤ d they are orthonormal; for n > d
+    nearly a tight frame, where Σ_ij (d_i · d_j)² is least, n²/d (Benedetto & Fickus 2003). Found by
+    turns: the nearest matrix of equal singular values, then unit rows again."""
     D = random_directions(n, d, generator)
     for _ in range(200):
         U, _, Vt = torch.linalg.svd(D, full_matrices=False)
@@ -40,13 +41,9 @@ def orthogonal_directions(n: int, d: int, generator: torch.Generator) -> Tensor:
 
 
 def antipodal_directions(n: int, d: int, generator: torch.Generator) -> Tensor:
-    """Features 2k and 2k + 1 are opposites: (n, d), n even.
-
-    Toy models find this by themselves (Elhage et al. 2022, arXiv 2209.10652): two features that
-    seldom fire together can share a line.
-    """
-    if n % 2:
-        raise ValueError(f"n_features is {n}, expected an even number for antipodal pairs")
+    """Features 2k and 2k + 1 are opposites: (n, d), n even. Toy models find this by themselves, for
+    two that seldom fire together can share a line (Elhage et al. 2022, arXiv 2209.10652)."""
+    _expect(n % 2 == 0, "n_features", n, "an even number for antipodal pairs")
     D = orthogonal_directions(n // 2, d, generator)
     return torch.stack([D, -D], dim=1).flatten(0, 1)
 
@@ -55,27 +52,7 @@ DICTIONARIES = dict(
     random=random_directions, orthogonal=orthogonal_directions, antipodal=antipodal_directions
 )
 
-# -- Firing and magnitudes -------------------------------------------------------------------------
-
-
-def zipf(n_features: int, active: float, exponent: float = 1.0) -> Tensor:
-    """Probabilities ∝ rank^-exponent, none above 1 and `active` in sum: (n_features,)."""
-    if not 0 < active <= n_features:
-        raise ValueError(f"active is {active}, expected above 0 and at most {n_features}")
-    weight = torch.arange(1, n_features + 1, dtype=torch.float64) ** -exponent
-    p = torch.ones_like(weight)
-    certain = 0  # so many of the first ranks are capped at 1; the others share what is left
-    while certain < active:
-        p[certain:] = weight[certain:] * (active - certain) / weight[certain:].sum()
-        if p[certain] <= 1:
-            break
-        certain += int((p[certain:] > 1).sum())
-        p[:certain] = 1
-    return p.float()
-
-
-# Each draws positive magnitudes of mean 1. σ of the log-normal is 1/2.
-MAGNITUDES = dict(
+MAGNITUDES = dict(  # each draws positive ones, of mean 1; σ of the log-normal is 1/2
     constant=lambda shape, generator, device: torch.ones(shape, device=device),
     uniform=lambda shape, **at: torch.rand(shape, **at).mul_(2),
     half_normal=lambda shape, **at: torch.randn(shape, **at).abs_().mul_((torch.pi / 2) ** 0.5),
@@ -83,7 +60,18 @@ MAGNITUDES = dict(
     log_normal=lambda shape, **at: torch.randn(shape, **at).mul_(0.5).sub_(0.125).exp_(),
 )
 
-# -- The generator ---------------------------------------------------------------------------------
+
+def zipf(n_features: int, active: float, exponent: float = 1.0) -> Tensor:
+    """Probabilities ∝ rank^-exponent, none above 1 and `active` in sum: (n_features,)."""
+    _expect(0 < active <= n_features, "active", active, f"above 0 and at most {n_features}")
+    weight = torch.arange(1, n_features + 1, dtype=torch.float64) ** -exponent
+    p = torch.ones_like(weight)
+    for i in range(n_features):  # those before i are capped at 1, the others share what is left
+        p[i:] = weight[i:] * (active - i) / weight[i:].sum()
+        if p[i] <= 1:
+            break
+        p[i] = 1
+    return p.float()
 
 
 class SuperpositionData:
@@ -91,12 +79,10 @@ class SuperpositionData:
 
     dictionary   "random", "orthogonal" or "antipodal" directions, or a tensor (n_features, d_in)
     firing       P(feature fires): one number, or one per feature, say from `zipf`
-    magnitude    how strongly, if it fires: "constant", "uniform", "half_normal", "exponential",
-                 "log_normal", each of mean 1
-    correlation  ρ in [0, 1): features fire together more, or less, often than chance, through
-                 `rank` Gaussian factors that they share; each P(feature fires) stays as given
-    parents      per feature the index of its parent, or -1; it fires only where its parent does.
-                 Correlation then acts on the roots alone
+    magnitude    how strongly, if it fires: a name in MAGNITUDES
+    correlation  ρ in [0, 1): features without a parent fire together more, or less, often than
+                 chance, through `rank` Gaussian factors that they share
+    parents      per feature the index of its parent, or -1; it fires only where its parent does
     groups       per feature the number of its group, or -1; one at most of a group fires on a row
     noise        standard deviation of Gaussian noise in each dimension
     mean         a vector (d_in,), or the length of a random one
@@ -123,120 +109,45 @@ class SuperpositionData:
         device: torch.device | str = "cpu",
     ):
         for name, size in dict(d_in=d_in, n_features=n_features, rank=rank).items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} is {size!r}, expected a positive integer")
-        if magnitude not in MAGNITUDES:
-            raise ValueError(f"magnitude is {magnitude!r}, expected one of {list(MAGNITUDES)}")
-        if not 0 <= correlation < 1:
-            raise ValueError(f"correlation is {correlation}, expected a number in [0, 1)")
-        if not 0 <= noise < float("inf"):
-            raise ValueError(f"noise is {noise}, expected a finite number ≥ 0")
+            _expect(isinstance(size, int) and size > 0, name, size, "a positive integer")
+        _expect(magnitude in MAGNITUDES, "magnitude", magnitude, f"one of {list(MAGNITUDES)}")
+        _expect(0 <= correlation < 1, "correlation", correlation, "a number in [0, 1)")
+        _expect(0 <= noise < float("inf"), "noise", noise, "a finite number ≥ 0")
         self.d_in, self.n_features, self.noise, self.magnitude = d_in, n_features, noise, magnitude
-        # Not `seed` itself: from the same draws an SAE of that seed would start at the truth. (Of a
-        # seed, torch uses 32 bits.)
+        # Not `seed` itself: an SAE drawn from it would start at the truth. (torch uses 32 bits.)
         generator = torch.Generator().manual_seed(seed + 2**31)
-        D = self._dictionary(dictionary, generator)
-        if not isinstance(mean, Tensor):
-            mean = mean * random_directions(1, d_in, generator)[0]
-        if mean.shape != (d_in,) or not mean.isfinite().all():
-            raise ValueError(f"mean is {mean}, expected finite and of shape ({d_in},)")
-
+        D, shape = dictionary, (n_features, d_in)
+        if isinstance(D, str):
+            _expect(D in DICTIONARIES, "dictionary", D, f"one of {list(DICTIONARIES)}")
+            D = DICTIONARIES[D](*shape, generator)
+        valid = D.shape == shape and ((D.norm(dim=-1) - 1).abs() < 1e-4).all()
+        _expect(valid, "dictionary", tuple(D.shape), f"{shape} of unit rows")
+        mean = mean if isinstance(mean, Tensor) else mean * random_directions(1, d_in, generator)[0]
+        valid = mean.shape == (d_in,) and mean.isfinite().all()
+        _expect(valid, "mean", mean, f"finite and of shape ({d_in},)")
         p = torch.as_tensor(firing, dtype=torch.float64)
-        if p.shape not in ((), (n_features,)) or not ((p >= 0) & (p <= 1)).all():
-            raise ValueError(f"firing is {firing}, expected 1 or {n_features} numbers in [0, 1]")
+        valid = p.shape in ((), (n_features,)) and ((p >= 0) & (p <= 1)).all()
+        _expect(valid, "firing", firing, f"1 or {n_features} numbers in [0, 1]")
         p = p.expand(n_features)
-        parent = self._indices("parents", parents, n_features - 1)
-        group = self._indices("groups", groups)
-        q = torch.where(parent < 0, p, p / p[parent].clamp_min(1e-300))  # P(feature | parent)
-        if (q > 1 + 1e-9).any():
-            i = int(q.argmax())
-            raise ValueError(f"feature {i} fires more often than its parent: {p[i]}, expected less")
-
-        # A feature fires where a uniform draw falls into its interval [low, low + q) and its parent
-        # fires. The members of a group share one draw, in which their intervals lie side by side.
-        draw, low = torch.arange(n_features), torch.zeros_like(q)
-        for g in group[group >= 0].unique():
-            members = (group == g).nonzero().flatten()
-            if q[members].sum() > 1 + 1e-9:
-                raise ValueError(f"group {g} has {q[members].sum():.3g} in sum, expected at most 1")
-            if len(parent[members].unique()) > 1:
-                raise ValueError(f"group {g} has parents {parent[members].unique()}, expected one")
-            draw[members], low[members] = members[0], q[members].cumsum(0) - q[members]
-        used, draw = draw.unique(return_inverse=True)
-        high = low + q
-        common = torch.where(parent[used] < 0, correlation, 0.0)
-        loadings = random_directions(len(used), rank, generator) * common.sqrt()[:, None]
-        if correlation:  # the draws are standard normal instead, so the intervals move to quantiles
-            low, high = torch.special.ndtri(low), torch.special.ndtri(high.clamp_max(1))
-
-        self.dictionary, self.mean, self.firing = (
-            D.to(device),
-            mean.to(device),
-            p.float().to(device),
-        )
-        self._low, self._high = low.float().to(device), high.float().to(device)
-        self._draw = None if len(used) == n_features else draw.to(device)
-        self._loadings = loadings.to(device) if correlation else None
-        self._own = (1 - common).sqrt().to(device)
-        self._parent, self._levels = parent.to(device), self._by_depth(parent.to(device))
-        independent = not correlation and self._draw is None and not self._levels
-        on_cpu = self.dictionary.device.type == "cpu"  # elsewhere dense is quick, and never waits
-        self._sparse = independent and on_cpu and p.mean() < 0.1 and p.max() < 0.99 and p.sum() > 0
-        self._stretch = (-torch.log1p(-p)).cumsum(0) if self._sparse else None
+        self.dictionary, self.mean = D.float().to(device), mean.to(device)
+        self.firing = p.float().to(device)
+        self._set_draws(p, parents, groups, correlation, rank, generator)
+        few = p.mean() < 0.1 and p.max() < 0.99 and p.sum() > 0 and self.firing.is_cpu
+        self._stretch = (-torch.log1p(-p)).cumsum(0) if few and self._independent else None
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """x (batch, d_in) and the true f (batch, n_features). `generator` on the data's device."""
-        if not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"batch is {batch!r}, expected a positive integer")
+        _expect(isinstance(batch, int) and batch > 0, "batch", batch, "a positive integer")
         at = dict(generator=generator, device=self.dictionary.device)
-        magnitude = MAGNITUDES[self.magnitude]
-        if self._sparse:
-            cells, row_starts = self._firing_cells(batch, generator)
-            m = magnitude(cells.shape, **at)
-            f = torch.zeros(batch, self.n_features)
-            f.view(-1)[cells] = m
-            feature = cells % self.n_features
-            x = F.embedding_bag(
-                feature, self.dictionary, row_starts, mode="sum", per_sample_weights=m
-            )
-            x += self.mean
-        else:
-            f = magnitude((batch, self.n_features), **at).mul_(self._fires(batch, at))
+        if self._stretch is None:
+            f = MAGNITUDES[self.magnitude]((batch, self.n_features), **at)
+            f *= self._fires(batch, at)
             x = torch.addmm(self.mean, f, self.dictionary)
+        else:
+            x, f = self._sparse_sample(batch, at)  # the same law, on a CPU faster where few fire
         if self.noise:
             x += self.noise * torch.randn(x.shape, **at)
         return x, f
-
-    def _fires(self, batch: int, at: dict) -> Tensor:
-        """Who fires: (batch, n_features), bool."""
-        if self._loadings is None:
-            draw = torch.rand(batch, len(self._own), **at)
-        else:
-            common = torch.randn(batch, self._loadings.shape[1], **at) @ self._loadings.T
-            draw = torch.randn(batch, len(self._own), **at).mul_(self._own).add_(common)
-        if self._draw is not None:
-            draw = draw[:, self._draw]
-        fires = (self._low <= draw) & (draw < self._high)
-        for level in self._levels:
-            fires[:, level] &= fires[:, self._parent[level]]
-        return fires
-
-    def _firing_cells(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The same for independent features at a cost per firing, not per feature and row: the flat
-        indices of the cells of (batch, n_features) that fire, and where each row's begin.
-
-        Give cell (row, i) a stretch of length -log(1 - p_i) on a line, and let events fall on it at
-        rate 1: some event hits a stretch with probability p_i, whatever happens elsewhere.
-        """
-        length = batch * float(self._stretch[-1])
-        gaps = torch.empty(int(length + 10 * length**0.5 + 10), dtype=torch.float64)
-        event = gaps.exponential_(generator=generator).cumsum_(0)
-        event = event[: torch.searchsorted(event, length)]
-        row = event.div(self._stretch[-1], rounding_mode="floor")
-        feature = torch.searchsorted(self._stretch, event - row * self._stretch[-1], right=True)
-        row, feature = row.long().clamp_max_(batch - 1), feature.clamp_max_(self.n_features - 1)
-        cells = (row * self.n_features + feature).unique_consecutive()
-        return cells, torch.searchsorted(cells, torch.arange(batch) * self.n_features)
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Endless batches x (batch_size, d_in). The same seed gives the same ones."""
@@ -244,52 +155,97 @@ class SuperpositionData:
         while True:
             yield self.sample(batch_size, generator)[0]
 
-    def _dictionary(self, given: str | Tensor, generator: torch.Generator) -> Tensor:
-        if isinstance(given, str):
-            if given not in DICTIONARIES:
-                raise ValueError(f"dictionary is {given!r}, expected one of {list(DICTIONARIES)}")
-            return DICTIONARIES[given](self.n_features, self.d_in, generator)
-        shape = (self.n_features, self.d_in)
-        if given.shape != shape or not ((given.norm(dim=-1) - 1).abs() < 1e-4).all():
-            raise ValueError(f"dictionary is {tuple(given.shape)}, expected {shape} of unit rows")
-        return given.float()
+    # Each feature looks at a draw u, uniform in [0, 1), and fires where it falls into an interval.
+    # Independent ones have each a draw of their own, and the interval [0, p).
 
-    def _indices(self, name: str, given: Sequence[int] | None, most: int | None = None) -> Tensor:
+    def _indices(self, name: str, given: Sequence[int] | None, end: float) -> Tensor:
         index = torch.as_tensor([-1] * self.n_features if given is None else given)
-        most = index.max() if most is None else most
-        integers = index.shape == (self.n_features,) and not index.is_floating_point()
-        if not integers or not ((index >= -1) & (index <= most)).all():
-            raise ValueError(
-                f"{name} is {given}, expected {self.n_features} indices, or -1 for none"
-            )
+        valid = index.shape == (self.n_features,) and not index.is_floating_point()
+        valid = valid and index.min() >= -1 and index.max() < end
+        _expect(valid, name, given, f"{self.n_features} indices, or -1 for none")
         return index.long()
 
-    def _by_depth(self, parent: Tensor) -> list[Tensor]:
-        """The features with a parent, those with a grandparent, and so on: who fires is settled in
-        this order."""
-        levels, ancestor = [], parent
+    def _hierarchy(self, p: Tensor, parent: Tensor) -> tuple[Tensor, int]:
+        """A child fires only where its parent does, so q = P(child | parent) = P(child) / P(parent)
+        takes the place of p. The depth is 1 with parents, 2 with grandparents, and so on."""
+        q = torch.where(parent < 0, p, p / p[parent].clamp_min(1e-300))
+        i = int(q.argmax())
+        _expect(q[i] <= 1 + 1e-9, f"P(feature {i} | its parent)", q[i].item(), "at most 1")
+        depth, ancestor = 0, parent
         while (ancestor >= 0).any():
-            if len(levels) == self.n_features:
-                raise ValueError(f"parents is {parent.tolist()}, expected no cycle")
-            levels.append((ancestor >= 0).nonzero().flatten())
-            ancestor = torch.where(ancestor >= 0, parent[ancestor], -1)
-        return levels
+            _expect(depth < len(p), "parents", parent.tolist(), "no cycle")
+            depth, ancestor = depth + 1, torch.where(ancestor < 0, -1, parent[ancestor])
+        return q, depth
+
+    def _groups(self, q: Tensor, parent: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A group looks at the draw of its first member, where their intervals [low, low + q) lie
+        side by side, low_i = q_1 + ... + q_(i-1): one of them fires at most."""
+        draw, low = torch.arange(len(q)), torch.zeros_like(q)
+        for g in group[group >= 0].unique().tolist():
+            members = (group == g).nonzero().flatten()
+            total, of = q[members].sum().item(), parent[members].unique().tolist()
+            _expect(total <= 1 + 1e-9, f"the sum of group {g}", round(total, 9), "at most 1")
+            _expect(len(of) == 1, f"the parents of group {g}", of, "one, common to all members")
+            draw[members], low[members] = members[0], q[members].cumsum(0) - q[members]
+        return draw, low, low + q
+
+    def _set_draws(self, p, parents, groups, correlation, rank, generator) -> None:
+        """Correlated draws are u = Φ(z) of standard normal z = √ρ l · c + √(1 - ρ) e. All share the
+        `rank` factors c; each has its own l, of norm 1, and e. u < high where z < Φ⁻¹(high)."""
+        n, device = self.n_features, self.firing.device
+        parent = self._indices("parents", parents, n)
+        q, self._depth = self._hierarchy(p, parent)
+        draw, low, high = self._groups(q, parent, self._indices("groups", groups, float("inf")))
+        used, draw = draw.unique(return_inverse=True)
+        rho = torch.where(parent[used] < 0, correlation, 0.0)  # children are tied by their parents
+        loadings = rho.sqrt()[:, None] * random_directions(len(used), rank, generator)
+        if correlation:
+            low, high = torch.special.ndtri(low), torch.special.ndtri(high.clamp_max(1))
+        self._low, self._high = low.float().to(device), high.float().to(device)
+        self._loadings = loadings.to(device) if correlation else None
+        self._own = (1 - rho).sqrt().to(device)
+        self._draw = draw.to(device) if len(used) < n else slice(None)
+        self._parent = torch.where(parent < 0, torch.arange(n), parent).to(device)
+        self._independent = not correlation and len(used) == n and self._depth == 0
+
+    def _fires(self, batch: int, at: dict) -> Tensor:
+        """Who fires: (batch, n_features), bool."""
+        if self._loadings is None:
+            u = torch.rand(batch, len(self._own), **at)
+        else:
+            common = torch.randn(batch, self._loadings.shape[1], **at) @ self._loadings.T
+            u = torch.randn(batch, len(self._own), **at).mul_(self._own).add_(common)  # z
+        u = u[:, self._draw]
+        fires = (self._low <= u) & (u < self._high)
+        for _ in range(self._depth):
+            fires &= fires[:, self._parent]
+        return fires
+
+    def _sparse_sample(self, batch: int, at: dict) -> tuple[Tensor, Tensor]:
+        """f D + mean, and f, at a cost per firing, not per cell. Give cell (row, i) a stretch of
+        length -log(1 - p_i) on a line, and let events fall on it at rate 1: some event hits a
+        stretch with probability p_i, whatever happens elsewhere."""
+        end, n = self._stretch, self.n_features
+        length = batch * float(end[-1])
+        gaps = torch.empty(int(length + 10 * length**0.5 + 10), dtype=torch.float64)
+        event = gaps.exponential_(generator=at["generator"]).cumsum_(0)
+        event = event[: torch.searchsorted(event, length)]
+        row = event.div(end[-1], rounding_mode="floor")
+        feature = torch.searchsorted(end, event - row * end[-1], right=True).clamp_max_(n - 1)
+        cells = (row.long().clamp_max_(batch - 1) * n + feature).unique_consecutive()
+        m = MAGNITUDES[self.magnitude](cells.shape, **at)
+        f = torch.zeros(batch * n).scatter_(0, cells, m).view(batch, n)
+        starts = torch.searchsorted(cells, torch.arange(batch) * n)  # of the rows, in cells
+        x = F.embedding_bag(cells % n, self.dictionary, starts, mode="sum", per_sample_weights=m)
+        return x.add_(self.mean), f
 
 
 # -- Scores against the truth ----------------------------------------------------------------------
-# Cosines are signed. Neither features nor latents go negative, so the opposite of a direction is
-# another feature, not the same one.
+# Cosines are signed: no feature or latent goes negative, so an opposite direction is another one.
 
 
-class Recovery(NamedTuple):
-    """How much of the truth an SAE found; 1 is all."""
-
-    mmcs: float  # mean max cosine similarity: over features, of the best cosine with a latent
-    mcc: float  # mean correlation coefficient: mean cosine in the best one-to-one matching
-    uniqueness: float  # share of latents (of features, if these are fewer) with a feature to itself
-    precision: float  # of each latent as detector of its best-matching feature, mean over latents
-    recall: float
-    f1: float
+def _cosines(D: Tensor, W_dec: Tensor) -> Tensor:
+    return F.normalize(D.float(), dim=-1) @ F.normalize(W_dec.to(D.device).float(), dim=-1).T
 
 
 def mean_max_cosine(D: Tensor, W_dec: Tensor) -> float:
@@ -305,71 +261,57 @@ def mean_correlation_coefficient(D: Tensor, W_dec: Tensor) -> float:
     return float(cosines[linear_sum_assignment(cosines, maximize=True)].mean())
 
 
+class Recovery(NamedTuple):
+    """How much of the truth an SAE found; 1 is all."""
+
+    mmcs: float  # mean max cosine similarity: over features, of the best cosine with a latent
+    mcc: float  # mean correlation coefficient: mean cosine in the best one-to-one matching
+    uniqueness: float  # share of latents (of features, if these are fewer) with a feature to itself
+    precision: float  # of each latent as detector of its best-matching feature, mean over latents
+    recall: float
+    f1: float
+
+
 @torch.no_grad()
 def recovery(sae, data: SuperpositionData, rows: int = 20_000, seed: int = 1) -> Recovery:
-    """All scores of one SAE, that is of anything with W_dec and encode.
-
-    Detection is measured on `rows` fresh rows, over the latents that fire and whose feature does.
-    """
+    """All scores of one SAE, that is of anything with W_dec and encode. Detection is measured on
+    `rows` fresh rows, over the latents that fire and whose feature does."""
     D, W_dec = data.dictionary, sae.W_dec.detach()
-    if W_dec.ndim != 2:
-        raise ValueError(
-            f"W_dec is {tuple(W_dec.shape)}, expected (d_sae, d_in): one SAE, no stack"
-        )
+    _expect(W_dec.ndim == 2, "W_dec", tuple(W_dec.shape), "(d_sae, d_in): one SAE, no stack")
     best = _cosines(D, W_dec).argmax(0)  # (d_sae,): the feature that each latent points at
-    hits, fires, occurs = (torch.zeros(len(W_dec), device=D.device) for _ in range(3))
+    counts = torch.zeros(3, len(W_dec), device=D.device)
     generator = torch.Generator(D.device).manual_seed(seed)
     for start in range(0, rows, 1000):
         x, f = data.sample(min(1000, rows - start), generator)
-        detected = sae.encode(x.to(W_dec)).to(D.device) > 0
-        true = f[:, best] > 0
-        hits += (detected & true).sum(0)
-        fires += detected.sum(0)
-        occurs += true.sum(0)
-    seen = (fires > 0) & (occurs > 0)
-    precision, recall, f1 = (
-        float((a[seen] / b[seen]).mean()) if seen.any() else 0.0
-        for a, b in ((hits, fires), (hits, occurs), (2 * hits, fires + occurs))
-    )
-    return Recovery(
-        mmcs=mean_max_cosine(D, W_dec),
-        mcc=mean_correlation_coefficient(D, W_dec),
-        uniqueness=len(best.unique()) / min(len(W_dec), len(D)),
-        precision=precision,
-        recall=recall,
-        f1=f1,
-    )
-
-
-def _cosines(D: Tensor, W_dec: Tensor) -> Tensor:
-    return F.normalize(D.float(), dim=-1) @ F.normalize(W_dec.to(D.device).float(), dim=-1).T
+        detected, true = sae.encode(x.to(W_dec)).to(D.device) > 0, f[:, best] > 0
+        counts += torch.stack([detected & true, detected, true]).sum(1)
+    hits, fires, occurs = counts[:, (counts[1:] > 0).all(0)]
+    ratios = hits / fires, hits / occurs, 2 * hits / (fires + occurs)
+    precision, recall, f1 = (float(r.mean()) if len(r) else 0.0 for r in ratios)
+    mmcs, mcc = mean_max_cosine(D, W_dec), mean_correlation_coefficient(D, W_dec)
+    uniqueness = len(best.unique()) / min(len(W_dec), len(D))
+    return Recovery(mmcs, mcc, uniqueness, precision, recall, f1)
 
 
 # -- A file of it: python toy_data.py activations.npy ----------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write rows to a .npy file, for the command line of gated_sae.py."""
+    """Write rows to a .npy file, for examples/train.py."""
     import numpy as np
 
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = ArgumentParser(description=main.__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("file", help="the .npy file to write")
-    for name, default, text in (
-        ("--rows", 1_000_000, "how many"),
-        ("--d-in", 64, "dimensions of a row"),
-        ("--features", 256, "true features, of which 5 fire on a row"),
-        ("--seed", 0, "of the features and of the rows"),
-    ):
-        parser.add_argument(name, type=int, default=default, help=f"{text}; default: {default}")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="how many")
+    parser.add_argument("--d-in", type=int, default=64, help="dimensions of a row")
+    parser.add_argument("--features", type=int, default=256, help="true ones; 5 fire on a row")
+    parser.add_argument("--seed", type=int, default=0, help="of the features and of the rows")
     args = parser.parse_args(arguments)
     if not args.file.endswith(".npy"):
         parser.error(f"file is {args.file!r}, expected one that ends in .npy")
-    firing = 5 / args.features
-    data = SuperpositionData(args.d_in, args.features, firing=firing, seed=args.seed)
-    shape = (args.rows, args.d_in)
-    out = np.lib.format.open_memmap(args.file, "w+", dtype=np.float32, shape=shape)
-    batches = data.batches(10_000, args.seed)
-    for first, x in zip(range(0, args.rows, 10_000), batches, strict=False):
+    data = SuperpositionData(args.d_in, args.features, firing=5 / args.features, seed=args.seed)
+    out = np.lib.format.open_memmap(args.file, "w+", np.float32, (args.rows, args.d_in))
+    for first, x in zip(range(0, args.rows, 10_000), data.batches(10_000, args.seed), strict=False):
         out[first : first + 10_000] = x[: args.rows - first].numpy()
     out.flush()
 
