@@ -1,11 +1,10 @@
 """How fast, and how large? `python tests/bench.py [--quick]`; peers are included where installed.
 
 Ratios only: each row's competitors take turns within one process. A time is a full training step
-without sampling: loss, backward, and whatever the trainer's own optimiser step consists of (ours:
-radial projection, fused Adam, renormalisation; SAELens: firing statistics, clipping, Adam;
-dictionary-learning: projection, Adam, renormalisation). Biases give every competitor the same L0,
-and learning rates near zero keep it. Memory is a fresh process's peak resident set over what was
-resident before the model was built, after three steps.
+without sampling: loss, backward, and the trainer's own optimiser step (ours: radial projection,
+fused Adam, renormalisation; SAELens: firing statistics, clipping, Adam; dictionary-learning: as
+ours, unfused). Biases give all the same L0, and learning rates near zero keep it. Memory is a fresh
+process's peak after three steps, over what it held before it had a model.
 """
 
 import argparse
@@ -17,33 +16,34 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gated_sae import GatedSAE, sparse_losses, step_on_unit_norm, train
 from toy_data import SuperpositionData
 
 SIZES = ((512, 64, 256, 6), (1024, 128, 1024, 16), (2048, 512, 4096, 32), (2048, 512, 16384, 64))
-LR, L1 = 1e-9, 0.1
+LR, L1, HERE = 1e-9, 0.1, Path(__file__).resolve().parent
+logging.disable(logging.ERROR)  # which peers are full of
+warnings.simplefilter("ignore")
 
 
 def problem(batch, d_in, d_sae, l0):
     """Rows, a dictionary, and the bias at which l0 latents fire on a row."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, d_in, generator=generator)
-    W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
+    W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
     z = (x[:256] @ W_dec.T).flatten()
     return x, W_dec, -z.kthvalue(int(len(z) * (1 - l0 / d_sae))).values.item()
 
 
 def fill(sae, W_dec, bias):
-    with torch.no_grad():
-        sae.W_dec.copy_(W_dec)
-        sae.W_enc.copy_(W_dec.T)
-        sae.b_gate.fill_(bias)
+    sae.W_dec.data[:], sae.W_enc.data[:], sae.b_gate.data[:] = W_dec, W_dec.T, bias
 
 
 def ours(losses):
@@ -64,11 +64,6 @@ def ours(losses):
     return build
 
 
-def product(x, W_dec, bias):
-    W_enc = W_dec.T.contiguous()
-    return lambda x: x @ W_enc
-
-
 def saelens_model(d_in, d_sae):
     from sae_lens import GatedTrainingSAE, GatedTrainingSAEConfig
 
@@ -81,8 +76,9 @@ def saelens(x, W_dec, bias):
 
     sae = saelens_model(x.shape[1], len(W_dec))
     fill(sae, W_dec, bias)
+    rates = dict(lr=LR, lr_end=LR)
     config = SAETrainerConfig(
-        total_training_samples=10**9, train_batch_size_samples=len(x), lr=LR, lr_end=LR
+        total_training_samples=10**9, train_batch_size_samples=len(x), **rates
     )
     return SAETrainer(config, sae, iter(())).step
 
@@ -92,17 +88,15 @@ def dictionary_learning(x, W_dec, bias):
 
     d_sae, d_in = W_dec.shape
     peer = GatedSAETrainer(10**6, d_in, d_sae, layer=0, lm_name="", lr=LR, device="cpu")
-    with torch.no_grad():
-        peer.ae.decoder.weight.copy_(W_dec.T)
-        peer.ae.encoder.weight.copy_(W_dec)
-        peer.ae.gate_bias.fill_(bias)
+    peer.ae.decoder.weight.data[:], peer.ae.encoder.weight.data[:] = W_dec.T, W_dec
+    peer.ae.gate_bias.data[:] = bias
     return lambda x: peer.update(0, x)
 
 
 RUNS = {
     "sparse": ours(sparse_losses),
     "dense": ours(GatedSAE.losses),
-    "product": product,
+    "product": lambda x, W_dec, bias: partial(torch.matmul, other=W_dec.T.contiguous()),
     "SAELens": saelens,
     "dictionary-learning": dictionary_learning,
 }
@@ -112,8 +106,7 @@ def runs_here(name):
     """Whether a competitor is installed and works: torch.compile, say, needs a C++ compiler."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            x, W_dec, bias = problem(8, 4, 8, 2)
-            RUNS[name](x, W_dec, bias)(x)
+            RUNS[name](*problem(8, 4, 8, 2))(torch.randn(8, 4))
     except Exception as error:  # whatever it is, the others can be compared
         print(f"without {name}: {type(error).__name__}")
         return False
@@ -139,20 +132,19 @@ def ratio(times, name, base):
     return f"{median(a) / median(b):8.2f} ({min(a) / min(b):.2f})"
 
 
-def apart(*arguments):
-    """What this file prints, run with some arguments in a fresh process."""
-    command = [sys.executable, __file__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def apart(call):
+    """What a call of a function in this file prints, in a fresh process."""
+    command = [sys.executable, "-c", f"import bench; bench.{call}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     return done.stdout.splitlines()[-1] if done.returncode == 0 else f"failed: {done.stderr[-300:]}"
 
 
-def print_peak_memory(name, size):
+def print_memory(name, size):
     x, W_dec, bias = problem(*size)
     runs_here(name)  # imports it
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     run = RUNS[name](x, W_dec, bias)
-    for _ in range(3):
-        run(x)
+    run(x), run(x), run(x)
     # Not ru_maxrss, which a process inherits from the one that started it.
     status = Path("/proc/self/status").read_text()
     print(int(status.split("VmHWM:")[1].split()[0]) * 1024 - before)
@@ -166,76 +158,53 @@ def print_compiled(size):
     print(ratio(interleaved(runs, x, 3), "compiled", "dense"))
 
 
-def import_time(*modules):
-    code = f"import time, torch; t = time.perf_counter(); import {', '.join(modules)}"
-    code += "; print(time.perf_counter() - t)"
-    here = Path(__file__).resolve().parent.parent
-    out = [subprocess.check_output([sys.executable, "-c", code], cwd=here) for _ in range(5)]
-    return median(float(o) for o in out)
-
-
 def sweep(steps):
     """Twelve λ from initialisation, with sampling: ours as one stack, SAELens's in turn."""
     from sae_lens.synthetic import ActivationGenerator, FeatureDictionary, train_toy_sae
 
+    made_of = FeatureDictionary(256, 64, initializer=None), ActivationGenerator(256, 5 / 256)
     start = time.perf_counter()
     data, sae = SuperpositionData(64, 256, firing=5 / 256), GatedSAE(64, 256, stack=12)
     l1, options = torch.logspace(-0.4, 0.45, 12), dict(lr=1e-2, log_every=steps, device="cpu")
     list(train(sae, data.batches(512, seed=0), l1=l1, steps=steps, **options))
-    mine = time.perf_counter() - start
-    features = FeatureDictionary(256, 64, initializer=None)
-    firing = ActivationGenerator(256, 5 / 256)
-    start = time.perf_counter()
+    middle = time.perf_counter()
     for _ in range(12):
         with contextlib.redirect_stderr(io.StringIO()):
             peer = saelens_model(64, 256)
-            train_toy_sae(peer, features, firing, training_samples=512 * steps, batch_size=512)
-    return (time.perf_counter() - start) / mine
+            train_toy_sae(peer, *made_of, training_samples=512 * steps, batch_size=512)
+    return (time.perf_counter() - middle) / (middle - start)
 
 
 def main(quick):
-    seconds = 2 if quick else 8
+    seconds, steps = (2, 100) if quick else (8, 400)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     names = [name for name in RUNS if runs_here(name)]
     print("\ntime of a step; in parentheses, of the shortest steps")
     for size in SIZES[: 3 if quick else 4]:
         x, W_dec, bias = problem(*size)
         times = interleaved({name: RUNS[name](x, W_dec, bias) for name in names}, x, seconds)
-        memory = {name: int(apart("--memory", name, *size)) for name in names if name != "product"}
+        memory = {n: int(apart(f"print_memory({n!r}, {size})")) for n in names if n != "product"}
         print("\nbatch {}, d_in {}, d_sae {}, L0 {}".format(*size))
-        for base in ("sparse", "dense"):
-            for name in names:
-                if name != base:
-                    print(f"    {name + ' / ' + base:32}{ratio(times, name, base)}")
-        print(f"    {'dense, torch.compile / dense':32}{apart('--compiled', *size)}")
-        for name in memory:
-            share = memory["sparse"] / memory[name]
-            print(f"    {'peak memory, sparse / ' + name:32}{share:8.2f}")
+        for name, base in [(n, b) for b in ("sparse", "dense") for n in names if n != b]:
+            print(f"    {name + ' / ' + base:32}{ratio(times, name, base)}")
+        print(f"    {'dense, torch.compile / dense':32}{apart(f'print_compiled({size})')}")
+        for name, peak in memory.items():
+            print(f"    {'peak memory, sparse / ' + name:32}{memory['sparse'] / peak:8.2f}")
     print("\nd_sae at batch 1024, d_in 256, L0 32: time of a sparse step, in that of the first")
-    x, runs = problem(1024, 256, 1024, 32)[0], {}
-    for d_sae in (1024, 2048, 4096) if quick else (1024, 2048, 4096, 8192, 16384):
-        runs[d_sae] = RUNS["sparse"](*problem(1024, 256, d_sae, 32))
+    widths, x = [1024 * 2**k for k in range(3 if quick else 5)], problem(1024, 256, 1024, 32)[0]
+    runs = {width: RUNS["sparse"](*problem(1024, 256, width, 32)) for width in widths}
     times = interleaved(runs, x, seconds)
-    for d_sae in runs:
-        print(f"    {d_sae:6}{ratio(times, d_sae, 1024)}")
-    print(f"\nimport of gated_sae beyond torch's: {import_time('gated_sae'):.3f} s")
+    for width in widths:
+        print(f"    {width:6}{ratio(times, width, 1024)}")
+    clock = "import time, torch; t = time.time(); import gated_sae; print(time.time() - t)"
+    command = [sys.executable, "-c", clock]
+    imports = [float(subprocess.check_output(command, cwd=HERE.parent)) for _ in range(5)]
+    print(f"\nimport of gated_sae beyond torch's: {median(imports):.3f} s")
     if "SAELens" in names:
-        steps = 100 if quick else 400
-        size = f"12 λ, d_in 64, d_sae 256, batch 512, {steps} steps"
-        print(f"{size}: SAELens / ours {sweep(steps):.2f}")
+        print(f"12 λ, 64 x 256, batch 512, {steps} steps: SAELens / ours {sweep(steps):.2f}")
 
 
 if __name__ == "__main__":
-    logging.disable(logging.ERROR)
-    warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
-    parser.add_argument("--compiled", nargs=4, type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.compiled:
-        print_compiled(args.compiled)
-    elif args.memory:
-        print_peak_memory(args.memory[0], tuple(map(int, args.memory[1:])))
-    else:
-        main(args.quick)
+    main(parser.parse_args().quick)

@@ -8,7 +8,7 @@ Weights a, l1, c of the terms make every term's gradient testable by itself:
 import numpy as np
 
 
-def gated(x, p, a=1.0, l1=1.0, c=1.0, frozen=True):
+def gated(x, p, a=1.0, l1=1.0, c=1.0, aux="frozen"):
     """Losses and gradients of a Gated SAE; tied if `p` holds r_mag, untied if it holds W_mag."""
     n = len(x)
     xc = x - p["b_dec"]
@@ -20,7 +20,7 @@ def gated(x, p, a=1.0, l1=1.0, c=1.0, frozen=True):
     f = is_open * np.maximum(pi_mag, 0)
     f_aux = np.maximum(pi_gate, 0)
     error = f @ p["W_dec"] + p["b_dec"] - x
-    error_aux = f_aux @ p["W_dec"] + p["b_dec"] - x
+    error_aux = (f_aux @ p["W_dec"] + p["b_dec"] - x) * (aux is not None)
     losses = (error**2).sum() / n, f_aux.sum() / n, (error_aux**2).sum() / n
 
     d_x_hat = 2 * a * error / n
@@ -38,7 +38,7 @@ def gated(x, p, a=1.0, l1=1.0, c=1.0, frozen=True):
         d_xc = d_z @ p["W_enc"].T + d_pi_mag @ p["W_mag"].T
     g["W_enc"] = xc.T @ d_z
     g["b_dec"] = d_x_hat.sum(0) - d_xc.sum(0)
-    if not frozen:
+    if aux == "unfrozen":
         g["W_dec"] = g["W_dec"] + f_aux.T @ d_x_hat_aux
         g["b_dec"] = g["b_dec"] + d_x_hat_aux.sum(0)
     return losses, g

@@ -6,18 +6,23 @@ import torch
 from hypothesis import strategies as st
 
 from gated_sae import (
+    PENALTIES,
     GatedSAE,
     JumpReLUSAE,
+    Losses,
     NaturalGatedSAE,
     SigmoidGatedSAE,
     SoftCutoffSAE,
     StandardSAE,
+    unit_norm,
 )
+
+PENALTIES["log2"] = lambda f, norm: (2 * f).log1p()
 
 # Every variant and objective, as constructors of (d_in, d_sae, **options).
 VARIANTS = {
     "standard": StandardSAE,
-    "standard log": partial(StandardSAE, penalty="log", a=2.0),
+    "standard log": partial(StandardSAE, penalty="log2"),
     "standard norm": partial(StandardSAE, penalty="norm_live"),
     "gated": GatedSAE,
     "gated unfrozen": partial(GatedSAE, aux="unfrozen"),
@@ -35,6 +40,9 @@ SCALING = [name for name in VARIANTS if name not in ("gated sigmoid", "soft cuto
 seeds = st.integers(0, 2**32 - 1)
 variants = st.sampled_from(list(VARIANTS))
 scaling_variants = st.sampled_from(SCALING)
+gated_variants = st.sampled_from(["gated", "gated unfrozen", "gated without aux", "gated untied"])
+stacks = st.sampled_from([(), (2,)])
+weights = st.floats(0.1, 3)  # of the terms of a loss
 sizes = st.tuples(st.integers(1, 6), st.integers(1, 9))  # d_in, d_sae
 
 
@@ -46,9 +54,16 @@ def random_sae(variant, size, seed, **options):
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    if sae.unit_norm:
+    if unit_norm(sae):
         sae.W_dec.data /= sae.W_dec.data.norm(dim=-1, keepdim=True)
     return sae
+
+
+def member(sae, i):
+    """SAE i of a stack, by itself."""
+    single = type(sae)(**sae.config | {"stack": ()}, dtype=sae.W_dec.dtype)
+    single.load_state_dict({name: value[i] for name, value in sae.state_dict().items()})
+    return single
 
 
 def random_batch(*shape, seed):
@@ -61,6 +76,16 @@ def gradients(sae, value):
     names, parameters = zip(*sae.named_parameters(), strict=True)
     grads = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
     return dict(zip(names, grads, strict=True))
+
+
+def assert_oracle(reference, sae, x, *weights):
+    """Losses, and gradients of their sum with a weight for each, are those of `oracle`."""
+    parameters = {name: p.detach().numpy() for name, p in sae.named_parameters()}
+    expected, grads = reference(x.numpy(), parameters, *weights)
+    losses = sae.losses(x)
+    assert_equal(losses, Losses(*(torch.tensor(v, dtype=torch.float64) for v in expected)))
+    total = sum(w * term for w, term in zip((*weights, 1.0), losses, strict=False))
+    assert_equal(gradients(sae, total), {k: torch.from_numpy(v) for k, v in grads.items()})
 
 
 def assert_equal(a, b, **tolerance):

@@ -1,84 +1,57 @@
 """Section 9: the training loop, and what it shows of shrinkage and of dying gates."""
 
-import inspect
+import copy
 import itertools
 import math
-import warnings
-from types import SimpleNamespace
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
+import random_saes
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from random_saes import (
-    SCALING,
-    VARIANTS,
-    assert_equal,
-    random_batch,
-    random_sae,
-    seeds,
-    sizes,
-    variants,
-)
+from random_saes import VARIANTS, assert_equal, random_batch, random_sae, seeds, sizes, variants
 from torch.nn import functional as F
 
 import gated_sae
-from gated_sae import (
-    GatedSAE,
-    StandardSAE,
-    Trainer,
-    evaluate,
-    resample,
-    rescale_and_shift,
-    train,
-)
+from gated_sae import GatedSAE, Losses, StandardSAE, Trainer, evaluate, resample, train, unit_norm
 from toy_data import SuperpositionData
 
 DATA = SuperpositionData(8, 16, firing=0.1, seed=3)
 
 
-def trained(sae, *, data=DATA, seed=0, batch=64, **options):
-    options = dict(l1=0.1, steps=20, lr=1e-2, device="cpu") | options
-    records = list(train(sae, data.batches(batch, seed), **options))
-    return sae, records
+def some_batches(n, rows=32, data=DATA, seed=0):
+    return list(itertools.islice(data.batches(rows, seed), n))
+
+
+def trained(sae, batches=None, *, seed=0, **options):
+    """An SAE after training, and the records: on all of some batches, or on 20 of DATA."""
+    steps = len(batches) if isinstance(batches, list) else 20
+    options = dict(l1=0.1, lr=1e-2, device="cpu", steps=steps) | options
+    return sae, list(train(sae, batches or DATA.batches(64, seed), **options))
 
 
 # -- What training shows ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def toy():
+def test_gated_neither_shrinks_nor_needs_as_many_latents():
     """Both kinds over a range of λ, on 64 features in 32 dimensions, 3 active."""
-    data = SuperpositionData(32, 64, firing=3 / 64)
-    options = dict(data=data, batch=256, steps=1500, log_every=1500)
-    standard, _ = trained(StandardSAE(32, 64, stack=3), l1=torch.tensor([0.2, 0.4, 0.8]), **options)
-    l1 = torch.tensor([0.3, 0.4, 0.5, 0.6, 0.8, 1.2])
-    gated, _ = trained(GatedSAE(32, 64, stack=6), l1=l1, **options)
-    held_out = list(itertools.islice(data.batches(1000, seed=99), 10))
-    return evaluate(standard, held_out), evaluate(gated, held_out)
-
-
-def test_standard_shrinks_and_gated_does_not(toy):
-    """Margins: γ of Standard is 0.05 short of 1, and falls as λ rises; of Gated within 0.02."""
-    standard, gated = toy
+    data, metrics = SuperpositionData(32, 64, firing=3 / 64), []
+    for make, l1 in ((StandardSAE, (0.2, 0.4, 0.8)), (GatedSAE, (0.3, 0.4, 0.5, 0.6, 0.8, 1.2))):
+        options = dict(l1=torch.tensor(l1), steps=1500, log_every=1500)
+        sae, _ = trained(make(32, 64, stack=len(l1)), data.batches(256, seed=0), **options)
+        metrics.append(evaluate(sae, some_batches(10, 1000, data, seed=99)))
+    standard, gated = metrics
+    # S1, S2. Margins: γ of Standard is 0.05 short of 1, and falls as λ rises; of Gated within 0.02.
     assert (standard.gamma < 0.95).all()
     assert (standard.gamma.diff() < -0.03).all()
     assert ((gated.gamma - 1).abs() < 0.02).all()
-
-
-def test_the_norm_ratio_of_an_unbiased_sae_is_below_one(toy):
-    """S7 on a trained SAE: γ near 1, and yet the plain norm ratio would report shrinkage.
-
-    That is 1 - norm ratio = FVU at γ = 1 (and E x = 0): half of it at least.
-    """
-    _, gated = toy
+    # S7: γ is near 1, and yet the plain norm ratio would report shrinkage: by 1 - norm ratio = FVU
+    # at γ = 1 (and E x = 0), and by half of it at least.
     assert (1 - gated.norm_ratio > gated.fvu / 2).all()
     assert_equal(gated.norm_ratio, gated.cosine_squared, rtol=0.03, atol=0)
-
-
-def test_gated_needs_fewer_latents_for_the_same_error(toy):
-    """Each Standard SAE is beaten by a Gated one that has less error with 10% fewer latents."""
-    standard, gated = toy
+    # D4: each Standard SAE is beaten by a Gated one that has less error with 10% fewer latents.
     for fvu, l0 in zip(standard.fvu, standard.l0, strict=True):
         assert ((gated.fvu < fvu) & (gated.l0 < 0.9 * l0)).any()
 
@@ -86,13 +59,10 @@ def test_gated_needs_fewer_latents_for_the_same_error(toy):
 @pytest.mark.parametrize("tied", [True, False])
 def test_without_aux_the_gates_die_and_with_it_they_live(tied):
     """G2: nothing raises b_gate. Margins: under 1/100 of the latents fire that do with aux."""
-    options = dict(steps=1500, l1=0.1, lr=1e-2, log_every=1500)
-    held_out = list(itertools.islice(DATA.batches(1000, seed=99), 10))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # γ of a dead SAE is undefined, and says so
-        dying, records = trained(GatedSAE(8, 16, tied=tied, aux=None), **options)
-        dead = evaluate(dying, held_out)
-    alive = evaluate(trained(GatedSAE(8, 16, tied=tied), **options)[0], held_out)
+    options, held_out = dict(steps=1500, log_every=1500), some_batches(10, 1000, seed=99)
+    dying, records = trained(GatedSAE(8, 16, tied=tied, aux=None), **options)
+    living, _ = trained(GatedSAE(8, 16, tied=tied), **options)
+    dead, alive = evaluate(dying, held_out), evaluate(living, held_out)
     assert records[0].metrics.l0 > 1
     assert alive.l0 > 3
     assert dead.l0 < alive.l0 / 100
@@ -102,78 +72,114 @@ def test_without_aux_the_gates_die_and_with_it_they_live(tied):
 
 # -- The loop, against a plain one -----------------------------------------------------------------
 
+LOWERED = {  # what `losses=` may be, as functions of the SAE
+    None: lambda sae: None,
+    "sparse": lambda sae: partial(gated_sae.sparse_losses, sae),
+    "scaled": lambda sae: lambda x: Losses(*(3 * term for term in sae.losses(x))),
+    "normalized": lambda sae: lambda x: gated_sae.normalized(sae.losses(x), x),
+    "autocast": lambda sae: torch.autocast("cpu", torch.bfloat16)(sae.losses),
+}
+LOOPS = [*((variant, None) for variant in VARIANTS), *(("gated", way) for way in [*LOWERED][1:])]
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_loop_is_project_step_renormalise(variant):
+
+@pytest.mark.parametrize(("variant", "lowered"), LOOPS)
+def test_the_loop_is_project_step_renormalise(variant, lowered):
     """Five steps by hand, with schedules written out and every operation in its place."""
     steps, lr, l1, warm, fall = 5, 1e-2, 0.3, 2, 2
     sae, expected = (random_sae(variant, (8, 16), 0) for _ in range(2))
-    batches = [x.double() for x in itertools.islice(DATA.batches(32, seed=0), steps)]
-    ramps = dict(lr_warmup=0.4, l1_warmup=0.4, lr_decay=0.4)
-    for _ in train(
-        sae, batches, l1=l1, steps=steps, lr=lr, betas=(0.5, 0.9), device="cpu", **ramps
-    ):
-        pass
-
+    losses = LOWERED[lowered](expected) or expected.losses
+    batches = [x.double() for x in some_batches(steps)]
+    options = dict(lr_warmup=0.4, l1_warmup=0.4, lr_decay=0.4, betas=(0.5, 0.9), log_every=1)
+    options |= dict(losses=LOWERED[lowered](sae), l1=l1, lr=lr)
+    _, records = trained(sae, batches, **options)
     optimizer = torch.optim.Adam(expected.parameters(), betas=(0.5, 0.9))
-    for step, x in enumerate(batches, start=1):
-        optimizer.param_groups[0]["lr"] = lr * min(1, step / warm, (steps + 1 - step) / fall)
+    for step, (record, x) in enumerate(zip(records, batches, strict=True), start=1):
+        rate, price = lr * min(1, step / warm, (steps + 1 - step) / fall), l1 * min(1, step / warm)
+        terms = losses(x)
+        assert (record.step, record.lr, record.l1.item()) == pytest.approx((step, rate, price))
+        assert_equal(record.losses, Losses(*(term.detach() for term in terms)))
+        assert not record.losses.total(1.0).requires_grad
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        expected.losses(x).total(l1 * min(1, step / warm)).backward()
+        terms.total(price).backward()
         W = expected.W_dec
-        if expected.unit_norm:
+        if unit_norm(expected):
             W.grad = W.grad - (W.grad * W.data).sum(1, keepdim=True) * W.data
         optimizer.step()
-        if expected.unit_norm:
+        if unit_norm(expected):
             W.data = W.data / W.data.norm(dim=1, keepdim=True)
-    assert_equal(dict(sae.state_dict()), dict(expected.state_dict()))
-    assert_equal(((sae.W_dec.norm(dim=-1) - 1).abs() < 1e-9).all().item(), expected.unit_norm)
+        assert_equal(record.metrics.fvu, evaluate(expected, [x]).fvu)
+    assert_equal(sae.state_dict(), expected.state_dict())
+    assert ((sae.W_dec.norm(dim=-1) - 1).abs() < 1e-9).all() == ("norm" not in variant)
 
 
+@given(variants, sizes, seeds)
+def test_removing_the_radial_gradient_leaves_the_tangent(variant, size, seed):
+    sae = random_sae(variant, size, seed)
+    sae.W_dec.data /= sae.W_dec.data.norm(dim=-1, keepdim=True)
+    sae.losses(random_batch(5, size[0], seed=seed)).total(1.0).backward()
+    full, d = sae.W_dec.grad.clone(), sae.W_dec.detach().clone()
+    gated_sae.step_on_unit_norm(torch.optim.SGD([sae.W_dec], lr=0.1), sae.W_dec)
+    tangent = sae.W_dec.grad
+    assert_equal((tangent * d).sum(-1), torch.zeros(size[1]).double(), rtol=0, atol=1e-9)
+    assert_equal(full - tangent, (full * d).sum(-1, keepdim=True) * d)  # parallel to d
+    assert_equal(sae.W_dec, F.normalize(d - 0.1 * tangent, dim=-1))
+
+
+@pytest.mark.parametrize(("rows", "every"), [(32, None), (1, 3)])  # of one row, nothing is drawn
 @settings(max_examples=5)
 @given(variants, seeds)
-def test_a_stack_trains_as_its_members_do(variant, seed):
+def test_a_stack_is_trained_and_resampled_as_its_members_are(rows, every, variant, seed):
     """One λ for each member, one shared stream of batches."""
-    stack = random_sae(variant, (8, 16), seed, stack=(2,))
-    singles = [random_sae(variant, (8, 16), seed) for _ in range(2)]
-    for i, single in enumerate(singles):
-        single.load_state_dict({name: value[i] for name, value in stack.state_dict().items()})
-    batches = [x.double() for x in itertools.islice(DATA.batches(32, seed=0), 10)]
-    options = dict(steps=10, lr=1e-2, device="cpu")
-    list(train(stack, batches, l1=torch.tensor([0.1, 0.8]), **options))
-    for i, (single, l1) in enumerate(zip(singles, (0.1, 0.8), strict=True)):
-        list(train(single, batches, l1=l1, **options))
-        own = {name: value[i] for name, value in stack.state_dict().items()}
-        assert_equal(own, dict(single.state_dict()))
+    stack, l1 = random_sae(variant, (8, 16), seed, stack=(2,)), torch.tensor([0.1, 0.8]).double()
+    before = copy.deepcopy(stack.state_dict())
+    _, records = trained(stack, some_batches(10, rows), l1=l1, resample_every=every)
+    assert_equal(records[-1].l1, l1)
+    for i in range(2):
+        single = random_sae(variant, (8, 16), seed)
+        single.load_state_dict({name: value[i] for name, value in before.items()})
+        trained(single, some_batches(10, rows), l1=l1[i], resample_every=every)
+        after = {name: value[i] for name, value in stack.state_dict().items()}
+        assert_equal(after, dict(single.state_dict()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_same_seeds_give_the_same_bits_whatever_the_global_seed(variant):
-    def run(global_seed):
+    def run(global_seed, seed=0):
         torch.manual_seed(global_seed)
         before = torch.get_rng_state()
-        sae, records = trained(VARIANTS[variant](8, 16))
+        sae, records = trained(half_killed(variant), seed=seed, resample_every=10)
         assert torch.equal(before, torch.get_rng_state())
-        return dict(sae.state_dict()), records[-1].losses
+        return sae.state_dict() | records[-1].losses._asdict()
 
-    (a, a_losses), (b, b_losses) = run(0), run(12345)
-    assert_equal(a, b, rtol=0, atol=0)
-    assert_equal(a_losses, b_losses, rtol=0, atol=0)
+    assert_equal(run(0), run(12345), rtol=0, atol=0)
+    assert not torch.equal(run(0)["W_dec"], run(0, seed=1)["W_dec"])
 
 
-def test_other_seeds_give_other_results():
-    (a, _), (b, _) = trained(GatedSAE(8, 16), seed=0), trained(GatedSAE(8, 16), seed=1)
-    assert not torch.equal(a.W_dec, b.W_dec)
+@pytest.mark.cuda
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_on_the_gpu_is_training_on_the_cpu(variant):
+    on_cpu, on_gpu = (random_sae(variant, (8, 16), 0, stack=(2,)) for _ in range(2))
+    trained(on_cpu, some_batches(10))
+    trained(on_gpu, some_batches(10), device="cuda")
+    assert_equal(on_gpu.cpu().state_dict(), on_cpu.state_dict())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_autocast_keeps_parameters_and_losses_in_float32(device):
+    """Near the float32 result, but not it."""
+    sae, (*_, exact) = trained(GatedSAE(8, 16), device=device)
+    rough = GatedSAE(8, 16)
+    losses = torch.autocast(device, torch.bfloat16)(rough.losses)
+    _, (*_, last) = trained(rough, device=device, losses=losses)
+    assert {v.dtype for v in (*rough.parameters(), last.losses.reconstruct)} == {torch.float32}
+    assert 0 < (rough.W_dec - sae.W_dec).abs().max() < 0.1
+    assert last.metrics.fvu.item() == pytest.approx(exact.metrics.fvu.item(), rel=0.1)
 
 
 # -- A8: resampling --------------------------------------------------------------------------------
 
 LATENT_AXIS = {"W_enc": -1, "W_mag": -1, "W_dec": -2}  # of the others, which have b_dec aside: -1
-
-
-def of_latent(name, tensor):
-    """With the latents as the last dimension."""
-    return tensor.movedim(LATENT_AXIS.get(name, -1), -1)
 
 
 def some_dead(sae, seed):
@@ -182,8 +188,7 @@ def some_dead(sae, seed):
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2, betas=(0.5, 0.9))
     sae.losses(x).total(0.5).sum().backward()
     optimizer.step()
-    generator = torch.Generator().manual_seed(seed)
-    dead = torch.rand(*sae.stack, sae.d_sae, generator=generator) < 0.5
+    dead = torch.rand(*sae.stack, sae.d_sae, generator=torch.Generator().manual_seed(seed)) < 0.5
     return dead, x, optimizer
 
 
@@ -194,29 +199,29 @@ def test_only_the_dead_are_resampled_and_all_of_them(variant, size, seed, stack)
     """The living and b_dec keep their bits, in the optimiser too; the dead start over in both."""
     sae = random_sae(variant, size, seed, stack=stack)
     dead, x, optimizer = some_dead(sae, seed)
-    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
-    moments = ("exp_avg", "exp_avg_sq")
-    kept = {n: [optimizer.state[p][m].clone() for m in moments] for n, p in sae.named_parameters()}
+
+    def held():
+        """Each parameter and its moments, with latents as the last dimension."""
+        for name, p in sae.named_parameters():
+            values = p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
+            yield name, [v.detach().movedim(LATENT_AXIS.get(name, -1), -1).clone() for v in values]
+
+    before = dict(held())
     resample(sae, dead, x, torch.Generator().manual_seed(seed), optimizer)
-    for name, value in sae.named_parameters():
-        held = [optimizer.state[value][moment] for moment in moments]
-        assert optimizer.state[value]["step"] == 1
+    assert {state["step"].item() for state in optimizer.state.values()} == {1}
+    for name, (value, average, average_sq) in held():
         if name == "b_dec":
-            assert_equal([value, *held], [before[name], *kept[name]], rtol=0, atol=0)
+            assert_equal([value, average, average_sq], before[name], rtol=0, atol=0)
             continue
-        mask = dead.unsqueeze(-2) if name in LATENT_AXIS else dead
-        for now, was in zip([value, *held], [before[name], *kept[name]], strict=True):
-            alive = ~mask.expand_as(of_latent(name, now))
-            assert torch.equal(of_latent(name, now)[alive], of_latent(name, was)[alive])
-        average, average_sq = (of_latent(name, moment) for moment in held)
+        alive = ~(dead.unsqueeze(-2) if name in LATENT_AXIS else dead).expand_as(value)
+        for now, was in zip((value, average, average_sq), before[name], strict=True):
+            assert torch.equal(now[alive], was[alive])
         assert (average[~alive] == 0).all()
-        for member in itertools.product(*map(range, stack)):  # the mean of each SAE's own living
-            here, fresh = alive[member], average_sq[member]
-            mean = fresh[here].mean() if here.any() else torch.tensor(0.0)
-            assert_equal(fresh[~here], mean.expand(int((~here).sum())).to(fresh))
+        dims = tuple(range(len(stack), value.ndim))  # in which lies the mean of each SAE's living
+        total, n = ((v * alive).sum(dims, keepdim=True) for v in (average_sq, alive))
+        assert_equal(average_sq, torch.where(alive, average_sq, total / n.clamp_min(1)))
         if name not in LATENT_AXIS:
-            start = torch.tensor(sae.latent_vectors.get(name, 0.0))  # that of r_mag is 0
-            assert (value[dead].float() == start).all()
+            assert (value[dead] == sae.latent_vectors.get(name, 0.0)).all()  # that of r_mag is 0
 
 
 @example("gated untied", (3, 4), 0, False)
@@ -225,8 +230,7 @@ def test_the_dead_restart_at_the_worst_row_seen_from_b_dec(variant, size, seed, 
     """One in each member, at its own row, so much the worst that no other is drawn."""
     sae = random_sae(variant, size, seed, stack=(2, 3))
     generator = torch.Generator().manual_seed(seed)
-    dead = torch.randint(size[1], (2, 3), generator=generator)
-    mask = F.one_hot(dead, size[1]).bool()
+    mask = F.one_hot(torch.randint(size[1], (2, 3), generator=generator), size[1]).bool()
     x = random_batch(*(() if shared else (2, 3)), 7, size[0], seed=seed)
     x[..., 3, :] *= 1e6
     if not shared:
@@ -234,60 +238,41 @@ def test_the_dead_restart_at_the_worst_row_seen_from_b_dec(variant, size, seed, 
     norms = sae.W_enc.detach().norm(dim=-2).masked_fill(mask, torch.nan)
     norms = 0.2 * norms.nanmean(-1).nan_to_num(1)  # 0.2 where it was the only latent
     resample(sae, mask, x, generator)
-    for i in itertools.product(range(2), range(3)):
-        worst = x[3] if shared else x[i][3 + i[0]]
-        d = F.normalize(worst - sae.b_dec[i].detach(), dim=0)
-        assert_equal(sae.W_dec[i][dead[i]], d)
-        assert_equal(sae.W_enc[i][:, dead[i]], norms[i] * d)
-        if hasattr(sae, "W_mag"):
-            assert_equal(sae.W_mag[i][:, dead[i]], norms[i] * d)
+    worst = x.take_along_dim(x.norm(dim=-1, keepdim=True).argmax(-2, keepdim=True), -2)
+    d = F.normalize(worst - sae.b_dec.detach().unsqueeze(-2), dim=-1)  # (2, 3, 1, d_in)
+    assert_equal(sae.W_dec[mask], d.view(6, -1))
+    for encoder in (sae.W_enc, getattr(sae, "W_mag", sae.W_enc)):
+        assert_equal(encoder.mT[mask], norms.view(6, 1) * d.view(6, -1))
 
 
-@given(variants, sizes, seeds)
-def test_a_stack_is_resampled_as_its_members_are(variant, size, seed):
-    """On one row, where there is nothing to draw."""
-    stack = random_sae(variant, size, seed, stack=(2,))
-    dead, x, _ = some_dead(stack, seed)
-    singles = [random_sae(variant, size, seed) for _ in range(2)]
-    for i, single in enumerate(singles):
-        single.load_state_dict({name: value[i] for name, value in stack.state_dict().items()})
-    resample(stack, dead, x[:1], torch.Generator())
-    for i, single in enumerate(singles):
-        resample(single, dead[i], x[:1], torch.Generator())
-        own = {name: value[i] for name, value in stack.state_dict().items()}
-        assert_equal(own, dict(single.state_dict()))
-
-
-def test_rows_are_drawn_by_their_squared_error_squared():
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6, 1e12])
+def test_rows_are_drawn_by_their_squared_error_squared(scale):
     """x̂ = 0, so rows of norms 1 and 2 are drawn 1 : 16, seen to four standard deviations."""
     n = 20_000  # members, of one latent each
     sae = StandardSAE(2, 1, stack=n)
-    with torch.no_grad():
-        sae.b_enc.fill_(-1e3)
-    x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    sae.b_enc.data.fill_(-1e30)
+    x = scale * torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     resample(sae, torch.ones(n, 1, dtype=torch.bool), x, torch.Generator().manual_seed(0))
     assert (sae.W_dec[..., 0] == 1).double().mean().item() == pytest.approx(1 / 17, abs=0.0067)
 
 
-@given(variants, sizes, seeds)
-def test_resampling_draws_from_its_generator_alone(variant, size, seed):
-    def resampled(global_seed):
-        torch.manual_seed(global_seed)
-        sae = random_sae(variant, size, seed)
-        dead, x, optimizer = some_dead(sae, seed)
-        before = torch.get_rng_state()
-        resample(sae, dead, x, torch.Generator().manual_seed(seed), optimizer)
-        assert torch.equal(before, torch.get_rng_state())
-        return dict(sae.state_dict())
-
-    assert_equal(resampled(0), resampled(1), rtol=0, atol=0)
+@pytest.mark.parametrize(("batch", "d_sae"), [(50, 6), (8, 8), (10, 40), (3, 8)])
+def test_no_two_restart_at_one_row_while_there_are_others(batch, d_sae):
+    """They would stay the same for ever. Six, or eight, of the latents are dead."""
+    sae, x = random_sae("standard", (4, d_sae), 0, stack=2), random_batch(batch, 4, seed=0)
+    dead = (torch.arange(d_sae) >= d_sae - 8).expand(2, d_sae)
+    resample(sae, dead, x, torch.Generator().manual_seed(0))
+    for W_dec, b_dec in zip(sae.W_dec, sae.b_dec, strict=True):
+        apart = (W_dec[-8:].unsqueeze(1) - F.normalize(x - b_dec, dim=-1)).norm(dim=-1)
+        assert (apart.min(1).values < 1e-9).all()
+        assert len(W_dec.unique(dim=0)) == d_sae or batch < 8
 
 
-def half_killed(make, **options):
-    sae = make(8, 16, **options)
-    with torch.no_grad():
-        bias = sae.b_enc if hasattr(sae, "b_enc") else sae.b_gate
-        bias[..., 8:] = -1e3
+def half_killed(variant, **options):
+    """8 of 16 latents fire on no row, for their π is -1000: that of the gate, if it is a step."""
+    sae = VARIANTS[variant](8, 16, **options)
+    gate = getattr(sae, "b_mag" if variant == "gated sigmoid" else "b_gate", None)
+    (sae.b_enc if gate is None else gate).data[..., 8:] = -1e3
     return sae
 
 
@@ -299,403 +284,217 @@ def test_resampling_revives_the_dead(variant):
     def batches(size, seed):
         return map(torch.stack, zip(*(world.batches(size, seed) for world in worlds), strict=True))
 
-    held_out = list(itertools.islice(batches(1000, 99), 10))
-    options = dict(data=SimpleNamespace(batches=batches), steps=600, log_every=600)
-    left, revived = (
-        evaluate(
-            trained(half_killed(VARIANTS[variant], stack=4), resample_every=every, **options)[0],
-            held_out,
-        )
-        for every in (None, 100)
-    )
+    def metrics(**options):
+        sae = half_killed(variant, stack=4)
+        trained(sae, batches(64, 0), steps=600, log_every=600, **options)
+        return evaluate(sae, itertools.islice(batches(1000, 99), 10))
+
+    left, revived = metrics(), metrics(resample_every=100)
     assert (left.dead_fraction == 0.5).all()
     assert revived.dead_fraction.mean() < 0.05
     assert (revived.fvu / left.fvu).mean() < 0.75
 
 
-def test_who_was_silent_in_every_step_since_the_last_time_is_resampled(monkeypatch):
+@pytest.mark.parametrize("variant", random_saes.SCALING)
+def test_who_fired_on_no_row_since_the_last_time_is_resampled(variant, monkeypatch):
     """In steps of no size, against a count by hand; never after the last step; f of each step."""
-    sae = GatedSAE(8, 16, stack=2)
-    with torch.no_grad():
-        sae.b_gate.copy_(torch.linspace(-2, 0, 32).view(2, 16))
-    batches = list(itertools.islice(DATA.batches(4, seed=0), 9))
+    sae = VARIANTS[variant](8, 16, stack=2)
+    bias = sae.b_gate if isinstance(sae, GatedSAE) else sae.b_enc
+    bias.data.copy_(torch.linspace(-2, 0, 32).view(2, 16))
+    if "b_mag" in sae.latent_vectors:  # some gates open, and yet f = 0
+        sae.b_mag.data[..., -4:] = -1e3
+    batches, calls = some_batches(9, 4), []
     fires = torch.stack([(sae.encode(x) > 0).any(-2) for x in batches])  # (step, *stack, d_sae)
-    calls = []
 
-    def resample(sae, dead, x, generator, optimizer, sparse):
+    def resample(sae, dead, x, generator, optimizer):
         assert torch.equal(x, batches[3 * len(calls) + 2])
         assert optimizer.state[sae.W_enc]["step"] == 3 * len(calls) + 3
         calls.append(dead.clone())
 
     monkeypatch.setattr(gated_sae, "resample", resample)
-    options = dict(l1=0.0, steps=9, lr=1e-12, device="cpu")
-    list(train(sae, batches, resample_every=3, **options))
+    trained(sae, batches, resample_every=3, l1=0.0, lr=1e-12)
     assert_equal(torch.stack(calls), ~torch.stack([fires[:3].any(0), fires[3:6].any(0)]))
     assert all(dead.any() and not dead.all() for dead in calls)
     assert not torch.equal(*calls)
-    calls.clear()
-    list(train(sae, batches, **options))
-    assert not calls
 
 
-@pytest.mark.parametrize("stack", [(), (2,)])
-def test_the_same_dead_are_revived_the_same_way(stack):
-    """With one seed of its own, whatever the global one; and the decoder's rows keep norm 1."""
-
-    def run(global_seed):
-        torch.manual_seed(global_seed)
-        before = torch.get_rng_state()
-        sae = GatedSAE(8, 16, stack=stack)
-        with torch.no_grad():
-            sae.b_gate[..., 8:] = -1e3
-        trained(sae, steps=30, resample_every=10)
-        assert torch.equal(before, torch.get_rng_state())
-        assert (sae.b_gate > -1e2).all()
-        assert_equal(sae.W_dec.norm(dim=-1), torch.ones(*stack, 16))
-        return dict(sae.state_dict())
-
-    assert_equal(run(0), run(1), rtol=0, atol=0)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.startswith("gated")])
+def test_an_sae_of_which_nothing_fires_is_revived(variant):
+    """Its gates are open, so that L_aux, or norms, may give W_dec a gradient all the same."""
+    sae = VARIANTS[variant](8, 16, stack=2)
+    bias = sae.b_gate if variant == "gated natural" else sae.b_mag
+    bias.data.fill_(-1e3)
+    assert (evaluate(sae, some_batches(3)).dead_fraction == 1).all()
+    trained(sae, steps=4, resample_every=3)
+    assert (bias > -1).all()
+    assert (evaluate(sae, some_batches(3)).l0 > 0).all()
 
 
-def test_a_float64_latent_restarts_where_it_started():
-    sae = random_sae("jumprelu", (4, 6), 0)
-    dead, x, _ = some_dead(sae, 0)
-    resample(sae, dead, x, torch.Generator())
-    assert (sae.threshold[dead] == 0.1).all()
+def test_cutting_batches_into_parts_changes_nothing(monkeypatch):
+    """As is done where f would be large: in metrics, and to find what is silent, or badly off."""
+    ends = []
+    for in_parts in (gated_sae.in_parts, lambda sae, x: x.split(5, -2)):
+        monkeypatch.setattr(gated_sae, "in_parts", in_parts)
+        sae, (*_, last) = trained(half_killed("gated", dtype=torch.float64), resample_every=5)
+        metrics = {name: torch.as_tensor(value) for name, value in vars(last.metrics).items()}
+        ends.append(sae.state_dict() | metrics)
+    assert_equal(*ends)
 
 
-@pytest.mark.parametrize(("batch", "d_sae"), [(50, 6), (8, 8), (10, 40)])
-def test_no_two_restart_at_one_row_while_there_are_others(batch, d_sae):
-    """They would stay the same for ever. Six, or eight, of the latents are dead."""
-    sae = random_sae("standard", (4, d_sae), 0, stack=2)
-    dead = torch.zeros(2, d_sae, dtype=torch.bool)
-    dead[..., -8:] = True
-    resample(sae, dead, random_batch(batch, 4, seed=0), torch.Generator().manual_seed(0))
-    for W_dec in sae.W_dec:
-        assert len(W_dec.unique(dim=0)) == d_sae
+# -- Schedules, steps and batches ------------------------------------------------------------------
 
-
-def test_more_dead_than_rows_share_them():
-    sae = random_sae("standard", (4, 8), 0)
-    x = random_batch(3, 4, seed=0)
-    resample(sae, torch.ones(8, dtype=torch.bool), x, torch.Generator().manual_seed(0))
-    at = F.normalize(x - sae.b_dec.detach(), dim=-1)
-    assert ((sae.W_dec.unsqueeze(1) - at).norm(dim=-1).min(1).values < 1e-9).all()
-
-
-def test_resampling_leaves_frozen_parameters():
-    sae = random_sae("gated", (4, 6), 0)
-    before = sae.W_enc.requires_grad_(False).clone()
-    resample(sae, torch.ones(6, dtype=torch.bool), random_batch(9, 4, seed=0), torch.Generator())
-    assert_equal(sae.W_enc.detach(), before, rtol=0, atol=0)
-
-
-def test_resampling_does_not_see_the_scale_of_x():
-    """x̂ = 0, and of two rows one is ten times as long: 1 : 10⁴, for members from 1e-12 to 1e12."""
-    sae = StandardSAE(2, 1, stack=25)
-    with torch.no_grad():
-        sae.b_enc.fill_(-1e30)
-    x = torch.logspace(-12, 12, 25)[:, None, None] * torch.tensor([[1.0, 0.0], [0.0, 10.0]])
-    resample(sae, torch.ones(25, 1, dtype=torch.bool), x, torch.Generator().manual_seed(0))
-    assert (sae.W_dec[..., 1] == 1).all()
-
-
-# -- Records ---------------------------------------------------------------------------------------
-
-
-def test_records_come_at_the_first_step_the_cadence_and_the_last():
-    _, records = trained(GatedSAE(8, 16), steps=25, log_every=10)
-    assert [record.step for record in records] == [1, 10, 20, 25]
-
-
-def test_records_say_what_was_lowered_and_what_came_of_it():
-    sae = GatedSAE(8, 16, stack=2)
-    x = next(DATA.batches(64, seed=0))
-    before = sae.losses(x)
-    (record,) = train(sae, [x], l1=torch.tensor([0.1, 0.2]), steps=1, lr=1e-2, device="cpu")
-    assert_equal(
-        record.losses, before._replace(**{k: v.detach() for k, v in before._asdict().items()})
-    )
-    assert not any(term.requires_grad for term in record.losses)
-    assert_equal(record.metrics.fvu, evaluate(sae, [x]).fvu)
-    assert_equal(record.l1, torch.tensor([0.1, 0.2]))
-    assert record.lr == 1e-2
-
-
-def test_schedules_rise_from_zero_and_the_rate_falls_again():
-    _, records = trained(GatedSAE(8, 16), steps=100, log_every=1, lr=1.0e-2, l1=2.0)
-    lrs, l1s = [r.lr for r in records], [r.l1.item() for r in records]
-    assert lrs[:10] == pytest.approx([1e-3 * k for k in range(1, 11)])
-    assert lrs[10:80] == pytest.approx([1e-2] * 70)
-    assert lrs[80:] == pytest.approx([1e-2 * (20 - k) / 20 for k in range(20)])
-    assert l1s == pytest.approx([min(2.0, 0.2 * k) for k in range(1, 101)])
-
-
-def test_whoever_stops_iterating_stops_the_training():
-    drawn = 0
-
-    def counted():
-        nonlocal drawn
-        for x in DATA.batches(32, seed=0):
-            drawn += 1
-            yield x
-
-    run = train(GatedSAE(8, 16), counted(), l1=0.1, steps=100, log_every=10, device="cpu")
-    assert drawn == 0
-    assert next(run).step == 1
-    assert next(run).step == 10
-    assert drawn == 10
-    run.close()
-    assert drawn == 10
-
-
-def test_training_takes_exactly_its_steps_from_the_batches():
-    batches = DATA.batches(32, seed=0)
-    list(train(GatedSAE(8, 16), batches, l1=0.1, steps=7, device="cpu"))
-    eighth = next(itertools.islice(DATA.batches(32, seed=0), 7, None))
-    assert torch.equal(next(batches), eighth)
-
-
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in SCALING])
-def test_a_decoder_from_elsewhere_is_refused_or_the_function_kept(variant):
-    sae = random_sae(variant, (8, 16), 0)
-    with torch.no_grad():
-        sae.W_dec *= 2
-    x = next(DATA.batches(64, seed=0)).double()
-    before = sae(x)
-    try:
-        list(train(sae, [x], l1=0.1, steps=1, lr=1e-12, device="cpu"))
-    except ValueError:
-        return
-    assert_equal(sae(x), before)
-
-
-@pytest.mark.parametrize("variant", SCALING)
-def test_a_decoder_from_elsewhere_is_folded_and_the_function_kept(variant):
-    """Rows of norms 0.2 to 5: one step of no size changes nothing but their norms, if those."""
-    sae = random_sae(variant, (8, 16), 0)
-    norms = torch.linspace(0.2, 5, 16).double()
-    with torch.no_grad():
-        sae.W_dec *= (norms / sae.W_dec.norm(dim=-1))[:, None]
-    x = next(DATA.batches(64, seed=0)).double()
-    before = sae(x)
-    list(train(sae, [x], l1=0.1, steps=1, lr=1e-12, device="cpu"))
-    assert_equal(sae(x), before)
-    assert_equal(sae.W_dec.norm(dim=-1), torch.ones(16).double() if sae.unit_norm else norms)
-
-
-def test_the_model_that_makes_the_batches_is_not_trained():
-    model = torch.nn.Linear(8, 8)
-    batches = (model(x) for x in DATA.batches(32, seed=0))
-    list(train(GatedSAE(8, 16), batches, l1=0.1, steps=2, device="cpu"))
-    assert model.weight.grad is None
-
-
-def test_training_works_where_gradients_are_switched_off():
-    with torch.no_grad():
-        switched_off, _ = trained(GatedSAE(8, 16))
-    assert_equal(dict(switched_off.state_dict()), dict(trained(GatedSAE(8, 16))[0].state_dict()))
-
-
-@pytest.mark.parametrize("frozen", ["W_dec", "W_enc", "b_dec", "r_mag"])
-def test_frozen_parameters_stay(frozen):
-    sae = GatedSAE(8, 16)
-    before = getattr(sae, frozen).requires_grad_(False).clone()
-    trained(sae)
-    assert_equal(getattr(sae, frozen).detach(), before, rtol=0, atol=1e-6)
-
-
-def test_without_gradients_there_is_no_training():
-    with torch.inference_mode(), pytest.raises(ValueError, match="no gradients"):
-        train(GatedSAE(8, 16), [], l1=0.1, steps=5, device="cpu")
-    with pytest.raises(ValueError, match="no gradients"):
-        train(GatedSAE(8, 16).requires_grad_(False), [], l1=0.1, steps=5, device="cpu")
-
-
-def test_the_callers_batches_are_made_with_the_callers_gradients():
-    """A model that is read under no_grad must not build its graph at every step."""
-    model = torch.nn.Linear(8, 8)
-    tracked = []
-
-    def batches():
-        for x in DATA.batches(32, seed=0):
-            y = model(x)
-            tracked.append(y.requires_grad)
-            yield y
-
-    with torch.no_grad():
-        list(train(GatedSAE(8, 16), batches(), l1=0.1, steps=3, device="cpu"))
-    assert tracked == [False] * 3
-
-
-def test_half_precision_is_refused_with_advice():
-    with pytest.raises(TypeError, match=r"bfloat16, expected float32: train, then convert"):
-        train(GatedSAE(8, 16, dtype=torch.bfloat16), [], l1=0.1, steps=5, device="cpu")
-
-
-def test_betas_are_refused_at_once():
-    with pytest.raises(ValueError, match="beta"):
-        train(GatedSAE(8, 16), [], l1=0.1, steps=5, betas=(1.5, 0.9), device="cpu")
-
-
-# -- Bad input -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_bad_batch_stops_training_and_leaves_the_parameters(variant, bad):
-    batches = list(itertools.islice(DATA.batches(32, seed=0), 5))
-    batches[3][7, 2] = bad
-    sae, until = VARIANTS[variant](8, 16), VARIANTS[variant](8, 16)
-    options = dict(l1=0.1, lr=1e-2, device="cpu", lr_decay=0.0)
-    with pytest.raises(ValueError, match="step 4: NaN or infinity in 1 of 32 rows, first in row 7"):
-        list(train(sae, batches, steps=5, **options))
-    list(train(until, batches[:3], steps=3, **options))
-    assert_equal(dict(sae.state_dict()), dict(until.state_dict()), rtol=0, atol=0)
-
-
-def test_a_loss_that_overflows_stops_training():
-    batches = [next(DATA.batches(4, seed=0)), torch.full((4, 8), 1e30)]
-    sae = GatedSAE(8, 16)
-    with pytest.raises(ValueError, match="step 2: the loss is inf"):
-        list(train(sae, batches, l1=0.1, steps=2, device="cpu"))
-    assert all(p.isfinite().all() for p in sae.parameters())
-
-
-def test_batches_that_end_early_are_counted_and_the_training_kept():
-    sae, fresh = GatedSAE(8, 16), GatedSAE(8, 16)
-    batches = itertools.islice(DATA.batches(32, seed=0), 3)
-    with pytest.raises(ValueError, match="ended after 3 of 5 steps"):
-        list(train(sae, batches, l1=0.1, steps=5, device="cpu"))
-    assert not torch.equal(sae.W_enc, fresh.W_enc)
+FLAT = dict(lr_warmup=0.0, l1_warmup=0.0, lr_decay=0.0)
+RISE, FALL = [k / 10 for k in range(1, 10)], [k / 20 for k in range(20, 0, -1)]
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("shares", "lrs", "l1s"),
     [
-        ({"steps": 0}, "steps is 0"),
-        ({"steps": -3}, "steps is -3"),
-        ({"steps": 1.5}, "steps is 1.5"),
-        ({"log_every": 0}, "log_every is 0"),
-        ({"resample_every": 0}, "resample_every is 0"),
-        ({"resample_every": -1}, "resample_every is -1"),
-        ({"resample_every": 1.5}, "resample_every is 1.5"),
-        ({"resample_every": True}, "resample_every is True"),
-        ({"l1": -0.1}, "l1 is -0.1"),
-        ({"l1": math.nan}, "l1 is nan"),
-        ({"l1": math.inf}, "l1 is inf"),
-        ({"l1": torch.tensor([0.1, 0.2])}, r"shape \(\) or \(3,\)"),
-        ({"l1": torch.tensor([0.1, 0.2, -1.0])}, r"l1 is \["),
-        ({"lr": 0.0}, "lr is 0.0"),
-        ({"lr": math.nan}, "lr is nan"),
-        ({"lr_warmup": 1.5}, r"\(1.5, 0.1, 0.2\), expected shares"),
+        ({}, [*RISE, *[1] * 71, *FALL], [*RISE, *[1] * 91]),
+        (FLAT, [1, 1, 1], [1, 1, 1]),
+        (dict(zip(FLAT, (1.0, 0.5, 1.0), strict=True)), [0.25, 0.5, 0.5, 0.25], [0.5, 1, 1, 1]),
     ],
 )
-def test_bad_arguments_are_named_at_the_call(options, says):
-    """At the call, not when the generator is first asked."""
-    options = dict(l1=0.1, steps=5, device="cpu") | options
-    with pytest.raises(ValueError, match=says):
-        train(GatedSAE(8, 16, stack=3), DATA.batches(32, seed=0), **options)
+def test_schedules_rise_from_zero_and_the_rate_falls_again(shares, lrs, l1s):
+    """Where ramps overlap, the lowest counts."""
+    _, records = trained(GatedSAE(8, 16), steps=len(lrs), log_every=1, l1=2.0, **shares)
+    assert [record.lr for record in records] == pytest.approx([1e-2 * lr for lr in lrs])
+    assert [record.l1.item() for record in records] == pytest.approx([2 * l1 for l1 in l1s])
 
 
-def test_a_bad_batch_is_named_by_its_number():
-    batches = [next(DATA.batches(4, seed=0)), torch.ones(4, 7)]
-    with pytest.raises(ValueError, match=r"batch 1: x is \(4, 7\)"):
-        list(train(GatedSAE(8, 16), batches, l1=0.1, steps=2, device="cpu"))
+def test_a_trainer_takes_its_steps_and_no_more():
+    """And `train` takes them from its batches; where these end early, it keeps what was trained."""
+    batches, early = some_batches(3), GatedSAE(8, 16)
+    trainer = Trainer(GatedSAE(8, 16), l1=0.1, steps=3, lr=1e-2, device="cpu", **FLAT)
+    records = [trainer.step(x) for x in batches]
+    with pytest.raises(ValueError, match="all 3 steps are done"):
+        trainer.step(batches[0])
+    assert ([record.step for record in records], trainer.done) == ([1, 2, 3], 3)
+    sae, (*_, last) = trained(GatedSAE(8, 16), batches, **FLAT)
+    with pytest.raises(ValueError, match="ended after 3 of 5 steps"):
+        trained(early, batches, steps=5, **FLAT)
+    for same in (sae, early):
+        assert_equal(trainer.sae.state_dict(), same.state_dict(), rtol=0, atol=0)
+    assert_equal(last.losses, records[-1].losses, rtol=0, atol=0)
+    assert (Trainer.lr, Trainer.betas, Trainer.resample_every) == (3e-4, (0.0, 0.999), None)
+
+
+def test_training_draws_what_it_needs_and_the_model_that_makes_it_is_not_trained():
+    """Records come at the first step, the cadence and the last; the caller keeps its grad mode."""
+    model, ends = torch.nn.Linear(8, 8), []
+    for grad in (True, False):
+        sae, drawn = GatedSAE(8, 16), []
+        stream = (drawn.append(model(x)) or drawn[-1] for x in DATA.batches(32, seed=0))
+        with torch.set_grad_enabled(grad):
+            run = train(sae, stream, l1=0.1, steps=25, log_every=10, device="cpu")
+            assert not drawn
+            assert [next(run).step, len(drawn)] == [1, 1]
+            assert [next(run).step, len(drawn)] == [10, 10]
+            assert [record.step for record in run] == [20, 25]
+        assert [y.requires_grad for y in drawn] == [grad] * 25
+        ends.append(sae.state_dict())
+    assert_equal(*ends)
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("frozen", ["W_dec", "W_enc", "b_dec", "r_mag"])
+def test_frozen_parameters_stay_in_training_and_in_resampling(frozen):
+    sae = half_killed("gated")
+    before = getattr(sae, frozen).requires_grad_(False).clone()
+    trained(sae, resample_every=None if frozen == "W_dec" else 5)
+    resample(sae, torch.ones(16, dtype=torch.bool), *some_batches(1), torch.Generator())
+    assert_equal(getattr(sae, frozen).detach(), before, rtol=0, atol=1e-6)
+
+
+@given(variants, sizes, seeds, st.sampled_from([(), (2,)]))
+def test_a_decoder_from_elsewhere_is_folded_or_refused(variant, size, seed, stack):
+    """Of norms 0 to 5. x̂ stays; norms do, too, where they are charged, until folded by hand."""
+    sae, x = random_sae(variant, size, seed, stack=stack), random_batch(5, size[0], seed=seed)
+    sae.W_dec.data *= torch.linspace(0.2, 5, size[1], dtype=torch.float64)[:, None]
+    sae.W_dec.data[..., 0, :] = 0
+    f, x_hat, losses, norms = sae.encode(x), sae(x), sae.losses(x), sae.W_dec.norm(dim=-1)
+    folds = variant in random_saes.SCALING or size[1] == 1
+    with nullcontext() if folds else pytest.raises(ValueError, match="norms .*, expected 1"):
+        Trainer(sae, l1=0.1, steps=1, device="cpu")
+        assert unit_norm(sae) or torch.equal(sae.W_dec.norm(dim=-1), norms)
+        gated_sae.fold_decoder_norms(sae)
+    scales = torch.where((norms > 0) & folds, norms, 1)
+    assert_equal(sae.encode(x), f * scales.unsqueeze(-2))
+    assert_equal(sae.W_dec.norm(dim=-1), norms / scales)
+    assert_equal((sae(x), *sae.losses(x)[::2]), (x_hat, *losses[::2]))
 
 
 @settings(max_examples=10)
 @given(variants, st.integers(1, 2), st.integers(1, 2), seeds)
 def test_the_smallest_saes_and_empty_data_train_without_a_nan(variant, d_in, d_sae, seed):
     sae = random_sae(variant, (d_in, d_sae), seed)
-    with torch.no_grad():
-        sae.W_dec[0] = 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        list(train(sae, [torch.zeros(3, d_in)] * 5, l1=0.1, steps=5, lr=0.1, device="cpu"))
+    sae.W_dec.data[0] = 0
+    trained(sae, [torch.zeros(3, d_in)] * 5, lr=0.1)
     assert all(p.isfinite().all() for p in sae.parameters())
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_training_on_the_gpu_is_training_on_the_cpu(variant):
-    batches = [x.double() for x in itertools.islice(DATA.batches(32, seed=0), 10)]
-    results = []
-    for device in ("cpu", "cuda"):
-        sae = random_sae(variant, (8, 16), 0, stack=(2,))
-        list(train(sae, batches, l1=0.1, steps=10, lr=1e-2, device=device))
-        results.append({name: value.cpu() for name, value in sae.state_dict().items()})
-    assert_equal(*results)
-
-
-def test_defaults_are_those_the_docstring_cites():
-    defaults = {k: p.default for k, p in inspect.signature(Trainer).parameters.items()}
-    assert (defaults["lr"], defaults["betas"]) == (3e-4, (0.0, 0.999))
-
-
 def test_the_device_is_the_one_asked_for_or_the_accelerator_or_the_cpu(monkeypatch):
-    """The meta device stands in for an accelerator; there it has no generators."""
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda *device: generator())
-    cases = ("meta", "cpu", "cpu"), (None, None, "cpu"), ("meta", None, "meta")
-    for found, device, used in cases:
-        answer = found and torch.device(found)
-        monkeypatch.setattr(
-            torch.accelerator, "current_accelerator", lambda check_available, answer=answer: answer
-        )
+    # The meta device stands in for an accelerator.
+    for found, asked, used in (("meta", "cpu", "cpu"), (None, None, "cpu"), ("meta", None, "meta")):
+        answer = lambda check_available, found=found: found and torch.device(found)  # noqa: E731
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", answer)
         sae = GatedSAE(8, 16, penalty="norm_frozen")  # no norm to look at
-        train(sae, [], l1=0.1, steps=1, device=device)
+        train(sae, [], l1=0.1, steps=1, device=asked)
         assert sae.W_dec.device.type == used
 
 
-def test_a_trainer_takes_its_steps_and_no_more():
-    trainer = Trainer(GatedSAE(8, 16), l1=0.1, steps=3, device="cpu")
-    batches = list(itertools.islice(DATA.batches(16, seed=0), 3))
-    records = [trainer.step(x) for x in batches]
-    assert [record.step for record in records] == [1, 2, 3]
-    assert trainer.done == 3
-    with pytest.raises(ValueError, match="all 3 steps are done"):
-        trainer.step(batches[0])
-    sae = GatedSAE(8, 16)
-    (*_, last) = train(sae, batches, l1=0.1, steps=3, device="cpu")
-    assert_equal(dict(trainer.sae.state_dict()), dict(sae.state_dict()), rtol=0, atol=0)
-    assert_equal(last.losses, records[-1].losses, rtol=0, atol=0)
+@pytest.mark.parametrize(("variant", "lowered"), LOOPS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_a_bad_batch_or_loss_stops_training_before_anything_has_changed(
+    variant, lowered, bad, stack
+):
+    """One row of one member is enough: in the batch, or in a loss that overflows."""
+    sae = VARIANTS[variant](8, 16, stack=stack)
+    batches = [x.expand(*stack, 32, 8).clone() for x in some_batches(4)]
+    batches[3].view(-1, 8)[-25, 2] = bad
+    n, loss = (64, r"\[\d\S+, (inf|nan)\]") if stack else (32, "(inf|nan)")
+    says = f"batch 3 has NaN or infinity in 1 of {n} rows, first in row {n - 25}$"
+    says = f"step 4: the loss is {loss}, expected finite" if bad == 1e30 else says
+    trainer = Trainer(sae, l1=0.1, steps=9, resample_every=2, losses=LOWERED[lowered](sae))
+
+    def state():  # all that the next step depends on
+        modules = sae.state_dict(), trainer.optimizer.state_dict(), trainer.generator.get_state()
+        return copy.deepcopy((*modules, trainer.silent, trainer.done))
+
+    for x in batches[:3]:
+        trainer.step(x)
+    before = state()
+    with pytest.raises(ValueError, match=says):
+        trainer.step(batches[3])
+    with pytest.raises(ValueError, match=r"batch 3 is torch.float32 \(4, 7\), expected .* 8\)"):
+        trainer.step(torch.ones(4, 7))
+    assert_equal(state(), before, rtol=0, atol=0)
+    assert trainer.step(batches[0]).step == 4
 
 
-def test_a_frozen_decoder_cannot_be_resampled():
-    sae = rescale_and_shift(StandardSAE(8, 16))
-    with pytest.raises(ValueError, match="W_dec is frozen, expected resample_every=None"):
-        Trainer(sae, l1=0.1, steps=3, device="cpu", resample_every=1)
+BAD = dict(steps=(0, -3, 1.5), resample_every=(0, -1, 1.5, True), log_every=(0,))
+BAD |= dict(lr=(0.0, math.nan, math.inf), l1=(-0.1, math.nan, math.inf))
+ONE_SCALE = gated_sae.rescale_and_shift(StandardSAE(8, 16))
 
 
-def test_without_penalty_or_ramps_training_still_runs():
-    ramps = dict(lr_warmup=0.0, l1_warmup=0.0, lr_decay=0.0)
-    _, records = trained(GatedSAE(8, 16), l1=0.0, steps=3, log_every=1, **ramps)
-    assert [record.lr for record in records] == [1e-2] * 3
-
-
-def test_the_ramps_are_apart_and_the_lowest_counts():
-    ramps = dict(lr_warmup=1.0, l1_warmup=0.5, lr_decay=1.0)
-    _, records = trained(GatedSAE(8, 16), steps=4, log_every=1, lr=1.0e-2, l1=1.0, **ramps)
-    assert [record.lr for record in records] == pytest.approx([0.0025, 0.005, 0.005, 0.0025])
-    assert [record.l1.item() for record in records] == pytest.approx([0.5, 1, 1, 1])
-
-
-@pytest.mark.parametrize("name", ["lr_warmup", "l1_warmup", "lr_decay"])
-def test_each_share_is_checked(name):
-    with pytest.raises(ValueError, match="expected shares"):
-        train(GatedSAE(8, 16), [], l1=0.1, steps=5, **{name: -0.1})
-
-
-def test_an_infinite_rate_is_refused():
-    with pytest.raises(ValueError, match="lr is inf"):
-        train(GatedSAE(8, 16), [], l1=0.1, steps=5, lr=math.inf)
-
-
-def test_one_bad_member_stops_the_stack():
-    batches = torch.stack([next(DATA.batches(32, seed=s)) for s in (0, 1)])
-    batches[1, 3, 0] = math.nan
-    with pytest.raises(
-        ValueError, match="step 1: NaN or infinity in 1 of 64 rows, first in row 35"
-    ):
-        list(train(GatedSAE(8, 16, stack=2), [batches], l1=0.1, steps=1, device="cpu"))
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        *(({name: v}, ValueError, f"{name} is {v}") for name in BAD for v in BAD[name]),
+        ({"l1": torch.tensor([0.1, 0.2])}, ValueError, r"shape \(\) or \(3,\)"),
+        ({"l1": torch.tensor([0.1, 0.2, -1.0])}, ValueError, r"l1 is \["),
+        ({"betas": (1.5, 0.9)}, ValueError, "beta"),
+        ({"lr_warmup": 1.5}, ValueError, r"\(1.5, 0.1, 0.2\), expected shares"),
+        *(({name: -0.1}, ValueError, r"-0.1.*\), expected shares") for name in FLAT),
+        ({"sae": GatedSAE(8, 16, dtype=torch.bfloat16)}, TypeError, "bfloat16, expected float32"),
+        ({"sae": ONE_SCALE, "resample_every": 1}, ValueError, "W_dec is frozen"),
+        ({"sae": GatedSAE(8, 16).requires_grad_(False)}, ValueError, "nothing here gets a grad"),
+        ({"within": torch.inference_mode()}, ValueError, "nothing here gets a gradient"),
+    ],
+)
+def test_bad_arguments_are_named_at_the_call(options, error, says):
+    """At the call, not when the generator is first asked."""
+    options = dict(sae=GatedSAE(8, 16, stack=3), l1=0.1, steps=5, device="cpu") | options
+    with options.pop("within", nullcontext()), pytest.raises(error, match=says):
+        train(batches=DATA.batches(32, seed=0), **options)

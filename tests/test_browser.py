@@ -112,7 +112,7 @@ def test_every_section_and_picture_is_there(page):
         playwright.expect(picture.locator("svg.marks, canvas.marks").first).to_be_visible()
         assert len(picture.locator("em").first.inner_text()) > 60, f"{name} has no caption"
     for name in PICTURES:
-        shown(page, f"{name}_question", "Predict first.")
+        shown(page, f"{name}_gist", "Predict first.")
         shown(page, f"{name}_feedback", "Choose an answer")
         shown(page, f"{name}_end", "Keep:")
 
@@ -159,19 +159,19 @@ def test_a_slider_moved_by_a_key_changes_its_picture(page, section, key, says):
 def test_the_language_model_is_there_and_its_baseline_can_be_changed(page):
     picture = cell(page, "language_picture")
     playwright.expect(picture.locator("svg.marks, canvas.marks").first).to_be_visible()
-    shown(page, "language_question", "Predict first.")
+    shown(page, "language_gist", "Predict first.")
     before = drawn(page, "recovered_picture")
     cell(page, "recovered_controls").get_by_role("radio").nth(1).click()
     page.wait_for_timeout(1500)
     assert drawn(page, "recovered_picture") != before
-    cell(page, "language_question").get_by_role("radio").nth(1).click()
+    cell(page, "language_gist").get_by_role("radio").nth(1).click()
     shown(page, "language_feedback", "No: about half.")
-    cell(page, "language_question").get_by_role("radio").nth(0).click()
+    cell(page, "language_gist").get_by_role("radio").nth(0).click()
     shown(page, "language_feedback", "Right.")
 
 
 def test_answers_get_their_feedback(page):
-    question = cell(page, "shrink_question")
+    question = cell(page, "shrink_gist")
     question.get_by_role("radio").nth(0).click()
     shown(page, "shrink_feedback", "No: 1.6.")
     question.get_by_role("radio").nth(1).click()

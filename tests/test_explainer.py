@@ -1,10 +1,7 @@
-"""The notebook: its experiment, the sentence computed from it, and its command line."""
+"""The notebook: it runs, for other worlds too; and each computed sentence, against its numbers."""
 
 import itertools
-import json
 import math
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -13,153 +10,49 @@ import torch
 
 import explainer
 import gated_sae
+from results import measure, pareto
 
 ROOT = Path(__file__).parent.parent
-KEYS = {"variant", "d_sae", "l1", "l0", "fvu", "gamma", "norm_ratio", "dead_fraction"}
 
 
-def made_up_table():
-    """Three exact power laws, L0 = c / FVU, so that every interpolation has a known answer."""
-    factors = {"Standard": 2.0, "Standard 1.5x": 1.5, "Gated": 1.0}
-    gammas = {"Standard": 0.8, "Standard 1.5x": 0.9, "Gated": 1.0}
-    return [
-        {"variant": v, "d_sae": 1, "l1": fvu, "l0": c / fvu, "fvu": fvu, "gamma": gammas[v]}
-        for v, c in factors.items()
-        for fvu in (0.1, 0.22, 0.5)
-    ]
-
-
-def run(*arguments, cwd=ROOT):
-    command = [sys.executable, str(ROOT / "explainer.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-
-
-def test_the_experiment_fills_its_table_the_same_way_twice():
-    done = []
-    options = dict(n_l1=2, batch=32)
-    table = explainer.sweep(5, **options, progress=lambda variant, steps: done.append(steps))
-    assert sum(done) == 5 * len(explainer.COMPARED)
-    assert [row["variant"] for row in table] == [v for v in explainer.COMPARED for _ in range(2)]
-    assert all(set(row) == KEYS for row in table)
-    assert table == explainer.sweep(5, **options)
-    assert table != explainer.sweep(5, seed=1, **options)
-
-
-def test_interpolation_is_exact_on_power_laws():
-    table = made_up_table()
-    assert explainer.at_fvu(table, "Standard", 0.15) == pytest.approx((2 / 0.15, 0.8))
-    assert explainer.at_fvu(table, "Standard", 0.22) == pytest.approx((2 / 0.22, 0.8))
-    assert explainer.at_fvu(table, "Standard", 0.05) is None
-    assert explainer.at_fvu(table, "Standard", 0.6) is None
-
-
-def test_the_frontier_leaves_out_what_is_beaten():
-    beaten = {"variant": "Gated", "d_sae": 1, "l1": 1, "l0": 8.0, "fvu": 0.3, "gamma": 1}
-    table = [*made_up_table(), beaten]
-    assert beaten not in explainer.frontier(table, "Gated")
-    assert len(explainer.frontier(table, "Gated")) == 3
-
-
-def test_the_sentence_quotes_the_table():
-    table = made_up_table()
-    ratios = {row["Standard / Gated"] for row in explainer.comparison(table)}
-    assert ratios == {2.0}
-    sentence = explainer.verdict(table)
-    assert "2.0 to 2.0 times fewer active latents than Standard" in sentence
-    assert "1.5 to 1.5 times fewer than a Standard SAE 1.5 times as wide" in sentence
-    assert "γ is 1.00 to 1.00 for Gated and 0.80 to 0.80 for Standard" in sentence
-
-
-def test_kinds_that_share_no_level_are_not_compared():
-    table = [row for row in made_up_table() if row["variant"] != "Gated"]
-    assert explainer.comparison(table) == []
-    assert "cannot be compared" in explainer.verdict(table)
-
-
-def test_the_committed_results_are_of_this_experiment():
-    saved = json.loads((ROOT / "results" / "pareto.json").read_text())
-    assert {row["variant"] for row in saved["table"]} == set(explainer.COMPARED)
-    assert all(set(row) == KEYS for row in saved["table"])
-    assert len(explainer.comparison(saved["table"])) >= 3
-    assert (ROOT / "results" / "pareto.svg").read_text().startswith("<svg")
-
-
-CLAIMS = [
-    *(f"S{i}" for i in range(1, 8)),
-    *(f"G{i}" for i in range(1, 9)),
-    *(f"A{i}" for i in range(1, 10)),
-    *(f"D{i}" for i in range(1, 5)),
-]
-
-
-def test_every_claim_has_a_committed_row():
-    saved = json.loads((ROOT / "results" / "claims.json").read_text())
-    assert [row["id"] for row in saved] == CLAIMS
-    for row in saved:
-        assert set(row) == {"id", "claim", "setting", "seeds", "measured", "verdict"}
-        assert row["verdict"] in ("agrees", "disagrees", "not decidable on toy data")
-        assert row["seeds"] >= 5 or row["verdict"] == "not decidable on toy data"
-
-
-def test_the_committed_claims_follow_from_the_committed_runs():
-    """Rows that rest on sweeps are computed again; a hand-edited number would not survive."""
-    runs = json.loads((ROOT / "results" / "runs.json").read_text())
-    saved = {row["id"]: row for row in json.loads((ROOT / "results" / "claims.json").read_text())}
-    ratios = explainer.l0_ratios(runs, "Standard", "Gated")
-    assert saved["D4"]["measured"]["L0 Standard / Gated, plain"] == explainer.spread(ratios)
-    gammas = explainer.gammas(runs, "Gated")
-    assert saved["D4"]["measured"]["γ, Gated"] == explainer.spread(gammas)
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what is hardly trained has undefined ratios
-def test_the_evidence_is_collected_in_small():
-    """A few steps, two seeds: every kind of run goes through, and the claims are all there."""
-    rows = []
-    for variant, run in (explainer.EVIDENCE | explainer.ABLATIONS).items():
-        rows += explainer.measured_runs(variant, *run, seeds=2, steps=20, n_l1=2)
-    for name in ("Zipf, correlated", "hierarchical"):
-        rows += explainer.measured_runs(
-            "Gated", *explainer.EVIDENCE["Gated"], seeds=2, steps=20, n_l1=2, world_name=name
-        )
-    numbers = explainer.exact_numbers(2, 50) | {"A8": explainer.dead_latents(2, 20)}
-    table = explainer.claims(rows, numbers)
-    assert [row["id"] for row in table] == CLAIMS
-    exact = {row["id"]: row["verdict"] for row in table}
-    for claim in ("S1", "S2", "S3", "S4", "S5", "G1", "G3", "G4", "G7", "G8", "D3"):
-        assert exact[claim] == "agrees", claim
-
-
-def test_a_claim_that_does_not_hold_is_said_to_disagree():
-    """Swap the names of Standard and Gated in the runs: the headline's verdict turns."""
-    runs = json.loads((ROOT / "results" / "runs.json").read_text())
-    numbers = explainer.exact_numbers(2, 50) | {"A8": {"a": [0.5, 0.5], "b": [0.5, 0.5]}}
-    swap = {"Standard": "Gated", "Gated": "Standard"}
-    swapped = [row | {"variant": swap.get(row["variant"], row["variant"])} for row in runs]
-    verdicts = {row["id"]: row["verdict"] for row in explainer.claims(swapped, numbers)}
-    assert verdicts["D4"] == verdicts["A8"] == "disagrees"
-
-
-@pytest.fixture(scope="module")
-def lesson():
+def played(**more):
     """The notebook's cells, run with small settings: (all that they show, their variables)."""
-    small = {"arguments": None, "steps": 20, "live_steps": 4, "strengths": [0.4, 0.8]}
+    small = {"steps": 20, "live_steps": 4, "strengths": [0.4, 0.8], "n_features": 4} | more
+    small["live_sizes"] = {"Standard": 40, "Gated": 40, "rescale & shift": 40}
     outputs, definitions = explainer.app.run(defs=small)
     return "".join(output.text for output in outputs if hasattr(output, "text")), definitions
 
 
-def test_every_cell_runs(lesson):
-    shown, definitions = lesson
-    assert len(definitions["live_saes"]) == 5 * len(explainer.LIVE)
+def test_every_cell_runs():
+    shown, definitions = played()
+    assert len(definitions["live_saes"]) == 5 * len(definitions["live_sizes"])
     assert definitions["naive_history"][-1]["step"] == 10
     for number in range(1, 13):
         assert f"{number} · " in shown
     assert shown.count("Predict first.") == 12
-    assert explainer.verdict(definitions["saved"]["table"])[:40] in shown
+    assert pareto.verdict(definitions["saved"]["table"])[:40] in shown
+    assert shown.count("four ") >= 4
 
 
-def test_as_a_script_the_notebook_does_not_train_the_lesson():
-    _, definitions = explainer.app.run(defs={"arguments": ["--steps", "3"]})
-    assert "live_saes" not in definitions
+@pytest.mark.parametrize(("n", "says"), [(5, "five"), (3, "three")])
+def test_flatland_may_have_any_number_of_features(n, says):
+    """One number in one place, and words and pictures follow."""
+    shown, definitions = played(n_features=n)
+    assert definitions["gated"].d_sae == n
+    for words in (f"{says} features", f"{says} true directions", f"{says} gate biases"):
+        assert words.lower() in shown.lower(), words
+    assert "four" not in shown.lower()
+
+
+def test_flatlands_number_stands_in_one_place():
+    source = (ROOT / "explainer.py").read_text()
+    assert source.count("n_features = 4") == 1
+
+
+def test_the_title_is_what_an_editor_opens_at():
+    lines = (ROOT / "explainer.py").read_text().splitlines()
+    (title,) = (i for i, line in enumerate(lines) if line.strip() == "# Gated Sparse Autoencoders")
+    assert title < 60
 
 
 def test_edit_runs_the_cells_on_opening():
@@ -172,7 +65,7 @@ def test_edit_runs_the_cells_on_opening():
 
 def test_a_start_is_the_same_first_dictionary_for_every_kind():
     firsts = [
-        explainer.learn(kind, [0.8, 0.8], [3, 4], 1)[1][0]["W_dec"]
+        explainer.learn(kind, 4, [0.8, 0.8], [3, 4], 1)[1][0]["W_dec"]
         for kind in (gated_sae.StandardSAE, gated_sae.GatedSAE)
     ]
     assert firsts[0].equal(firsts[1])
@@ -180,7 +73,7 @@ def test_a_start_is_the_same_first_dictionary_for_every_kind():
 
 
 def test_misses_are_angles():
-    true = explainer.flatland().dictionary
+    true = explainer.flatland(4).dictionary
     turned = math.cos(0.1) * true + math.sin(0.1) * true.roll(1, 0)
     assert explainer.misses(true).max() < 0.1
     assert explainer.misses(turned).tolist() == pytest.approx([math.degrees(0.1)] * 4, rel=1e-3)
@@ -189,7 +82,7 @@ def test_misses_are_angles():
 def test_flatland_meets_the_closed_form_and_gated_does_not_shrink():
     """What sections 2 and 3 say, trained as the notebook trains it."""
     for kind, lost in ((gated_sae.StandardSAE, 0.4), (gated_sae.GatedSAE, 0.0)):
-        sae, history = explainer.learn(kind, [0.8], [5], 200)
+        sae, history = explainer.learn(kind, 4, [0.8], [5], 200)
         assert explainer.misses(history[-1]["W_dec"][0]).max() < 5
         true, found = explainer.lone_strengths(sae)
         strong = true > 0.8
@@ -197,9 +90,9 @@ def test_flatland_meets_the_closed_form_and_gated_does_not_shrink():
 
 
 def test_the_flow_of_gradients_has_its_exact_zeros():
-    sae, _ = explainer.learn(gated_sae.GatedSAE, [0.8], [5], 20)
-    (sae,) = explainer.members(sae)
-    x = next(explainer.flatland().batches(500, seed=1))
+    sae, _ = explainer.learn(gated_sae.GatedSAE, 4, [0.8], [5], 20)
+    (sae,) = measure.members(sae)
+    x = next(explainer.flatland(4).batches(500, seed=1))
     flow = {
         (cell["term"], cell["parameter"]): cell["norm"]
         for cell in explainer.gradient_flow(sae, x, 0.8)
@@ -210,13 +103,13 @@ def test_the_flow_of_gradients_has_its_exact_zeros():
 
 
 def test_the_live_saes_do_not_start_at_the_truth():
-    _, saes = explainer.live_runs(1, 0, n_l1=1)
+    _, saes = explainer.live_runs({"Gated": 40, "JumpReLU": 40}, 1, 0, n_l1=1)
     true = explainer.small_world(0).dictionary
     assert all((sae.W_dec @ true.T).amax(1).mean() < 0.9 for sae in saes)
 
 
 def test_the_members_of_a_live_run_are_those_of_its_rows():
-    rows, saes = explainer.live_runs(3, 1, n_l1=2)
+    rows, saes = explainer.live_runs({"Standard": 40, "rescale & shift": 40}, 3, 1, n_l1=2)
     data = explainer.small_world(1)
     held_out = list(itertools.islice(data.batches(1000, 20_001), 5))
     for row, sae in zip(rows, saes, strict=True):
@@ -336,15 +229,15 @@ def test_sentence_on_the_two_factors():
 
 def test_trained_saes_lie_where_their_gamma_says():
     """Length over cosine is γ: Gated on the circle, Standard inside it."""
-    runs = json.loads((ROOT / "results" / "runs.json").read_text())
+    runs = measure.read("runs")
     gamma = {k: c / math.cos(math.radians(d)) for k, d, c in explainer.typical(runs)}
     assert gamma["Gated"] == pytest.approx(1, abs=0.02)
     assert gamma["Standard"] < 0.85
 
 
 def test_sentence_on_half_as_many():
-    runs = json.loads((ROOT / "results" / "runs.json").read_text())
-    claimed = json.loads((ROOT / "results" / "claims.json").read_text())
+    runs = measure.read("runs")
+    claimed = measure.read("claims")
     measured = {row["id"]: row["measured"] for row in claimed}
     for name in ("plain", "Zipf, correlated", "hierarchical"):
         sentence = explainer.frontier_sentence(runs, name)
@@ -393,32 +286,10 @@ def test_sentence_on_loss_recovered():
 
 
 def test_sentence_on_the_claims():
-    claimed = json.loads((ROOT / "results" / "claims.json").read_text())
+    claimed = measure.read("claims")
     sentence = explainer.claims_sentence(claimed)
     lists = {v: explainer.claims_list(claimed, v) for v in {row["verdict"] for row in claimed}}
     assert f"Of {len(claimed)} claims, **{lists['agrees'].count('- **')}** agree" in sentence
     for row in claimed:
         assert (row["id"] in sentence) == (row["verdict"] != "agrees")
         assert f"- **{row['id']}** {row['claim']}" in lists[row["verdict"]]
-
-
-def test_the_script_prints_its_table():
-    finished = run("--steps", "3")
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("\n|") >= 30
-    assert "Gated" in finished.stdout
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--steps", "many"], ["--stops", "3"], ["rebuilt"], ["print", "language"]]
-)
-def test_bad_usage_is_told_and_exits_with_2(arguments):
-    finished = run(*arguments)
-    assert finished.returncode == 2
-    assert "usage: explainer.py" in finished.stderr
-
-
-def test_failure_exits_nonzero():
-    finished = run("--steps", "0")
-    assert finished.returncode not in (0, 2)
-    assert "steps is 0, expected a positive integer" in finished.stderr

@@ -1,4 +1,4 @@
-"""The language model of explainer.py, the SAEs spliced into it, and what is said of them."""
+"""The language model of language.py, the SAEs spliced into it, and what is said of them."""
 
 import itertools
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import explainer
 from gated_sae import StandardSAE, harvest, loss_recovered, splice
+from results import language
 
 RESULTS = Path(__file__).parent.parent / "results"
 SAVED = json.loads((RESULTS / "language.json").read_text())
@@ -17,12 +17,12 @@ SAVED = json.loads((RESULTS / "language.json").read_text())
 
 @pytest.fixture(scope="module")
 def text():
-    return explainer.english()
+    return language.english()
 
 
 @pytest.fixture(scope="module")
 def model(text):
-    return explainer.trained_language_model(text[0], steps=40)
+    return language.trained_model(text[0], steps=40)
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +48,22 @@ def test_what_is_held_out_has_not_been_read(text):
 
 
 def test_stretches_are_consecutive_and_start_anywhere():
-    drawn = list(itertools.islice(explainer.stretches(torch.arange(10), 4, 5, seed=0), 20))
+    drawn = list(itertools.islice(language.stretches(torch.arange(10), 4, 5, seed=0), 20))
     rows = torch.cat(drawn)
     assert (rows.diff(dim=1) == 1).all()
     assert set(rows[:, 0].tolist()) == set(range(7))
-    other = next(explainer.stretches(torch.arange(10), 4, 5, seed=1))
+    other = next(language.stretches(torch.arange(10), 4, 5, seed=1))
     assert not torch.equal(drawn[0], other)
 
 
 def test_guessing_knows_what_follows_only_by_pairs():
     """abcabc…: single bytes cost log 3, pairs next to nothing; bytes drawn evenly cost log 256."""
     text = torch.tensor([97, 98, 99]).repeat(50_000)
-    guessed = explainer.guessing(text, text[:1000])
+    guessed = language.guessing(text, text[:1000])
     assert guessed["unigram"] == pytest.approx(math.log(3), abs=0.01)
     assert 0 < guessed["bigram"] < 0.01
     even = torch.randint(256, (100_000,), generator=torch.Generator().manual_seed(0))
-    assert explainer.guessing(even[:-1000], even[-1000:])["unigram"] == pytest.approx(
+    assert language.guessing(even[:-1000], even[-1000:])["unigram"] == pytest.approx(
         math.log(256), abs=0.02
     )
 
@@ -77,7 +77,7 @@ def test_a_seed_decides_the_model_and_the_global_generator_is_left_alone(text):
         for number, seed in enumerate((0, 0, 1)):
             torch.manual_seed(100 + number)
             before = torch.get_rng_state()
-            weights.append(explainer.trained_language_model(text[0], 2, seed).state_dict())
+            weights.append(language.trained_model(text[0], 2, seed).state_dict())
             assert torch.equal(torch.get_rng_state(), before)
     first, again, other = weights
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -94,7 +94,7 @@ def test_a_later_byte_never_changes_an_earlier_logit(model, ids, changed):
 
 
 def test_a_few_steps_beat_equal_odds(model, ids):
-    assert explainer.cross_entropy(model, ids) < math.log(256) - 1
+    assert language.cross_entropy(model, ids) < math.log(256) - 1
     assert not any(p.requires_grad for p in model.parameters())
 
 
@@ -103,7 +103,7 @@ def test_cross_entropy_is_of_the_next_byte(model, ids):
     expected = -sum(
         log_p[i, j, ids[i, j + 1]].item() for i, j in itertools.product(range(2), range(127))
     )
-    assert explainer.cross_entropy(model, ids[:2]).item() == pytest.approx(expected / 254, rel=1e-5)
+    assert language.cross_entropy(model, ids[:2]).item() == pytest.approx(expected / 254, rel=1e-5)
 
 
 def test_an_sae_that_reproduces_the_mlp_costs_nothing(model, ids):
@@ -116,9 +116,9 @@ def test_an_sae_that_reproduces_the_mlp_costs_nothing(model, ids):
 
     def spliced(put):
         with splice(model.mlp, put), torch.no_grad():
-            return explainer.cross_entropy(model, ids).item()
+            return language.cross_entropy(model, ids).item()
 
-    clean, zero = explainer.cross_entropy(model, ids).item(), spliced("zero")
+    clean, zero = language.cross_entropy(model, ids).item(), spliced("zero")
     assert spliced(sae) == pytest.approx(clean, abs=1e-5)
     assert loss_recovered(spliced(sae), clean, zero) == pytest.approx(1, abs=1e-3)
     sae.W_dec.data.zero_()
@@ -132,13 +132,11 @@ def test_an_sae_that_reproduces_the_mlp_costs_nothing(model, ids):
 def found(text):
     """As committed, in small: few steps, two λ, narrow SAEs, little text held out."""
     with pytest.MonkeyPatch.context() as patched:
-        small = {name: (run[0], run[1] // 32, run[2]) for name, run in explainer.SPLICED.items()}
-        patched.setattr(explainer, "SPLICED", small)
-        patched.setattr(explainer, "english", lambda: (text[0], text[1][:2100]))
-        told = []
-        found = explainer.language(40, 5, n_l1=2, progress=told.append)
+        small = {k: r._replace(d_sae=r.d_sae // 32) for k, r in language.SPLICED.items()}
+        patched.setattr(language, "SPLICED", small)
+        patched.setattr(language, "english", lambda: (text[0], text[1][:2100]))
+        found = language.experiment(40, 5, n_l1=2)
     assert len({row["ce"] for row in found["table"]} | {found["ce"]["zero"]}) == 7
-    assert [len(list(group)) for _, group in itertools.groupby(told)] == [40, 5, 5, 5]
     return found
 
 
@@ -146,16 +144,11 @@ def test_the_committed_results_are_of_this_experiment(found):
     assert set(SAVED) == set(found)
     assert set(SAVED["ce"]) == set(found["ce"])
     assert all(set(row) == set(found["table"][0]) for row in SAVED["table"] + found["table"])
-    kinds = {
-        name: (d_sae, least, most) for name, (_, d_sae, (least, most)) in explainer.SPLICED.items()
-    }
-    for name, kind in kinds.items():
+    for name, recipe in language.SPLICED.items():
         own = [row for row in SAVED["table"] if row["variant"] == name]
-        assert ({row["d_sae"] for row in own}, own[0]["l1"], own[-1]["l1"]) == (
-            {kind[0]},
-            *kind[1:],
-        )
-    assert {row["variant"] for row in SAVED["table"]} == set(explainer.COMPARED)
+        assert {row["d_sae"] for row in own} == {recipe.d_sae}
+        assert (own[0]["l1"], own[-1]["l1"]) == recipe.span
+    assert {row["variant"] for row in SAVED["table"]} == set(language.SPLICED)
     assert (RESULTS / "language.svg").read_text().startswith("<svg")
 
 
@@ -175,7 +168,7 @@ def test_the_committed_model_beats_guessing_by_far():
 
 
 def test_more_penalty_is_fewer_latents_and_a_worse_ce():
-    for name in explainer.COMPARED:
+    for name in language.SPLICED:
         own = [row for row in SAVED["table"] if row["variant"] == name]
         for less, more in itertools.pairwise(own):
             assert less["l0"] > more["l0"]
@@ -201,7 +194,7 @@ def made_up_for(standard, wide, gated):
 
 
 def test_the_comparison_is_at_equal_ce():
-    rows = explainer.language_comparison(made_up_for(2.0, 1.5, 1.0))
+    rows = language.comparison(made_up_for(2.0, 1.5, 1.0))
     assert [row["recovered, mean"] for row in rows] == [0.8, 0.9, 0.95, 0.98]
     for row in rows:
         allowed = 1 - row["recovered, mean"]
@@ -223,21 +216,21 @@ def test_the_comparison_is_at_equal_ce():
     ],
 )
 def test_the_sentence_says_who_is_ahead(factors, said):
-    assert said in explainer.language_verdict(made_up_for(*factors))
+    assert said in language.verdict(made_up_for(*factors))
 
 
 def test_who_is_ahead_at_some_levels_only_is_not_said_to_be_ahead():
     """Standard needs twice the latents where CE rises by 0.01 to 0.03, half of them at 0.3."""
     measured = made_up_for(2.0, 1.5, 1.0)
     measured["table"][2]["l0"] /= 4
-    ratios = [row["Standard / Gated"] for row in explainer.language_comparison(measured)]
+    ratios = [row["Standard / Gated"] for row in language.comparison(measured)]
     assert min(ratios) < 1 < max(ratios)
-    sentence = explainer.language_verdict(measured)
+    sentence = language.verdict(measured)
     assert f"{max(ratios):.2f} times its L0 (neither is ahead at every level)" in sentence
 
 
 def test_the_sentence_of_the_committed_results_quotes_their_table():
-    rows, sentence = explainer.language_comparison(SAVED), explainer.language_verdict(SAVED)
+    rows, sentence = language.comparison(SAVED), language.verdict(SAVED)
     assert len(rows) >= 3
     for variant in ("Standard", "Standard 1.5x"):
         ratios = [row[f"{variant} / Gated"] for row in rows]
@@ -246,10 +239,10 @@ def test_the_sentence_of_the_committed_results_quotes_their_table():
 
 def test_kinds_that_share_no_ce_are_not_compared():
     measured = made_up(Standard=1.0, Gated=2.0)
-    assert explainer.language_comparison(measured) == []
-    assert "cannot be compared" in explainer.language_verdict(measured)
+    assert language.comparison(measured) == []
+    assert "cannot be compared" in language.verdict(measured)
 
 
 def test_fvu_flatters_gated_as_the_readme_says():
-    for row in explainer.language_comparison(SAVED):
+    for row in language.comparison(SAVED):
         assert row["FVU Gated"] < row["FVU Standard"]

@@ -1,0 +1,420 @@
+"""Section 10: activations out of a model, x̂ back into it, what it costs, and attributions."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from random_saes import assert_equal, random_sae, seeds
+from torch import nn
+
+import gated_sae
+from gated_sae import activation_patching, attribution_patching, integrated_gradients, splice
+
+
+def randn(*shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# -- Activations out of a model, and back into it --------------------------------------------------
+
+
+class Block(nn.Linear):
+    """As transformers have them: hidden states first in a tuple."""
+
+    called = 0
+
+    def forward(self, x):
+        self.called += 1
+        return super().forward(x), "cache"
+
+
+class Model(nn.Module):
+    def __init__(self, d=6, vocabulary=11):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(vocabulary, d), nn.Linear(d, vocabulary)
+        self.first, self.second, self.unused = Block(d, d), Block(d, d), nn.Linear(d, d)
+
+    def forward(self, input_ids, attention_mask=None):
+        x, _ = self.first(self.embedding(input_ids))
+        x, cache = self.second(x)
+        assert cache == "cache"
+        return self.head(x)
+
+
+IDS = torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model():
+    """Afterwards, no hook is left on any of its modules."""
+    torch.manual_seed(0)
+    model = Model()
+    yield model
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_harvested_is_what_the_module_puts_out(model, dtype):
+    """In its dtype, and without padding. The rest of the model does not run."""
+    expected = model.to(dtype).first(model.embedding(IDS))[0].detach()
+    mask, every = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]]), IDS >= 0
+    padded = {"input_ids": IDS, "attention_mask": mask}
+    found = gated_sae.harvest(model, model.first, [IDS, (IDS,), {"input_ids": IDS}, padded])
+    for x, kept in zip(found, (every, every, every, mask.bool()), strict=True):
+        assert_equal(x, expected[kept], rtol=0, atol=0)
+        assert not x.requires_grad
+    assert (model.first.called, model.second.called) == (5, 0)
+
+
+def test_errors_pass_and_the_hook_is_gone(model):
+    with pytest.raises(ValueError, match="input 0: the model never called Linear"):
+        list(gated_sae.harvest(model, model.unused, [IDS]))
+    with pytest.raises(IndexError):  # the model's own
+        list(gated_sae.harvest(model, model.first, [IDS + 100]))
+
+
+lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
+
+
+@given(lengths, st.integers(1, 10), st.integers(1, 60), seeds)
+def test_every_row_is_given_out_once_in_batches(lengths, batch, held, seed):
+    """In bounded memory: `held`, or two batches, and a batch are read ahead of what is out."""
+    n, read, out = sum(lengths), [0], []
+    x = torch.arange(n).float().view(n, 1)
+    counted = (read.append(len(part)) or part for part in x.split(lengths))
+    for rows in gated_sae.shuffle(counted, batch, held, seed):
+        assert sum(read) - sum(map(len, out)) <= max(held, 2 * batch) + max(lengths)
+        out.append(rows)
+    assert {len(rows) for rows in out[:-1]} <= {batch}
+    assert 1 <= len(out[-1]) <= batch
+    assert_equal(torch.cat(out).sort(dim=0).values, x)
+    again = torch.cat(list(gated_sae.shuffle(x.split(lengths), batch, held, seed)))
+    assert_equal(again, torch.cat(out))
+
+
+def test_rows_are_mixed_over_what_is_held_and_no_further():
+    x = torch.arange(1000.0).view(1000, 1)
+    out, other = (torch.cat(list(gated_sae.shuffle(x.split(10), 10, 200, s))) for s in (0, 1))
+    assert (out - x).abs().mean() > 30
+    assert (x - out).min() >= -210  # never given out before it was read
+    assert not torch.equal(out, other)
+
+
+def test_what_is_spliced_in_is_what_the_rest_of_the_model_reads(model):
+    x = model.first(model.embedding(IDS))[0]
+    mean, sae = x.flatten(0, 1).mean(0), random_sae("gated", (6, 16), 0).float()
+    rest = lambda v: model.head(model.second(v)[0])  # noqa: E731
+    for put, stands_in in ((sae, sae(x)), ("zero", 0 * x), (mean, mean.expand_as(x))):
+        with splice(model.first, put):
+            assert_equal(model(IDS), rest(stands_in))
+        assert_equal(model(IDS), rest(x), rtol=0, atol=0)
+    with pytest.raises(KeyError), splice(model.first, "zero"):
+        raise KeyError
+
+
+def test_the_output_keeps_its_type_and_its_dtype():
+    sae, x = random_sae("gated", (6, 16), 0).float(), torch.randn(2, 3, 6).bfloat16()
+    new, module = sae(x.float()).bfloat16(), nn.Identity()
+    for rest in (lambda x: x, lambda x: (x, 1), lambda x: [x], lambda x: gated_sae.Losses(x, 1, 2)):
+        with splice(module, sae):
+            out = module(rest(x))
+        assert type(out) is type(rest(x))
+        assert_equal(out, rest(new), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("put", ["mean", None, random_sae("gated", (6, 16), 0, stack=(2,))])
+def test_what_cannot_be_spliced_in_is_named(model, put):
+    says = "put is ('mean'|None|GatedSAE.*), expected a single SAE, 'zero' or a tensor"
+    with pytest.raises(ValueError, match=says), splice(model.first, put):
+        pass
+
+
+@pytest.mark.parametrize("output", ["text", (), torch.zeros(3), torch.zeros(3, 4).long()])
+def test_an_output_without_activations_is_named(output):
+    odd, says = nn.Identity(), "Identity put out .*, expected floats"
+    with pytest.raises(TypeError, match=says), splice(odd, "zero"):
+        odd(output)
+    with pytest.raises(TypeError, match=says):
+        list(gated_sae.harvest(odd, odd, [(output,)]))
+    assert not odd._forward_hooks
+
+
+# -- D1, D2: what splicing costs -------------------------------------------------------------------
+
+ces, gaps, hits, slopes = (st.floats(*ends) for ends in ((0.5, 20), (0.1, 10), (-1, 15), (0.02, 1)))
+loss_recovered, compute_multiple = gated_sae.loss_recovered, gated_sae.compute_multiple
+
+
+def test_loss_recovered_with_both_ablations(model):
+    """D1: 1 for x itself, 0 for the ablation."""
+    x, clean_logits = model.first(model.embedding(IDS))[0], model(IDS).flatten(0, 1)
+    labels = clean_logits.argmax(-1)  # its own choice: nothing does better than x
+    ces = [nn.functional.cross_entropy(clean_logits, labels)]
+    for put in (x, "zero", x.flatten(0, 1).mean(0)):
+        with splice(model.first, put):
+            ces.append(nn.functional.cross_entropy(model(IDS).flatten(0, 1), labels))
+    clean, with_x, *both = (ce.item() for ce in ces)
+    assert with_x == pytest.approx(clean)
+    for ablated in both:
+        assert ablated > clean
+        assert loss_recovered(with_x, clean, ablated) == pytest.approx(1)
+        assert loss_recovered(ablated, clean, ablated) == 0
+
+
+@given(ces, hits, hits, gaps, gaps)
+def test_the_ablation_inflates_the_score_and_keeps_the_order(clean, hit, other, mean, more):
+    """D1: what is not recovered shrinks by the ratio of the gaps: a negative hit is deflated."""
+    gaps, hits = (mean, mean + more), (hit, other)
+    scores = [[loss_recovered(clean + h, clean, clean + gap) for h in hits] for gap in gaps]
+    (by_mean, _), (by_zero, _) = scores
+    assert 1 - by_zero == pytest.approx((1 - by_mean) * mean / (mean + more), abs=1e-9)
+    assert (by_zero > by_mean) == (hit > 0) or abs(hit) <= 1e-6
+    for a, b in scores:
+        assert (a > b) == (hit < other) or abs(hit - other) <= 1e-9
+    hits, gaps = (torch.tensor(v, dtype=torch.float64) for v in (hits, gaps))
+    together = loss_recovered(clean + hits, clean, clean + gaps.unsqueeze(-1))
+    assert_equal(together, torch.tensor(scores, dtype=torch.float64))
+
+
+@given(ces, gaps, st.floats(-1, 2), ces)
+def test_loss_recovered_is_affine_from_ablated_to_clean(clean, gap, t, size):
+    """D1: 0 at the ablated loss, 1 at the clean one, linear between; the unit does not matter."""
+    ablated = clean + gap
+    score = loss_recovered(size * (ablated - t * gap), size * clean, size * ablated)
+    assert isinstance(score, float)
+    assert score == pytest.approx(t, abs=1e-8)
+
+
+@pytest.mark.parametrize("ablated", [3.0, 2.5, math.inf, math.nan])
+@pytest.mark.parametrize("given_as", [float, lambda ablated: torch.tensor([4.0, ablated])])
+def test_an_ablation_that_does_not_hurt_is_refused(ablated, given_as):
+    """At the clean loss there is no scale; below it the order of two SAEs would be reversed."""
+    with pytest.raises(ValueError, match="expected positive and finite"):
+        loss_recovered(3.1, 3.0, given_as(ablated))
+
+
+@st.composite
+def noisy_curves(draw):
+    """n ≥ 2 points near L = 10 C^-b over decades; the noise is too small to turn the curve."""
+    n, b = draw(st.integers(2, 8)), draw(slopes)
+    compute = 10.0 ** torch.arange(n, dtype=torch.float64)
+    return compute, 10 * compute**-b * (0.3 * b * randn(n, seed=draw(seeds)).clamp(-2, 2)).exp()
+
+
+@given(noisy_curves(), ces, st.floats(0.5, 3), st.floats(1e-3, 1))
+def test_a_larger_hit_leaves_a_smaller_share_and_none_costs_nothing(curve, clean, sae, more):
+    """D2: also where the clean model is off the curve."""
+    ces = torch.tensor([clean, sae, sae + more], dtype=torch.float64)
+    none, share, less = compute_multiple(*curve, ces, ces[0])
+    assert none == 1
+    assert less < share
+    assert (share < 1) == (sae > clean) or sae == pytest.approx(clean)
+
+
+@given(slopes, ces, st.lists(st.floats(0, 12), min_size=2, max_size=6), st.floats(0, 3))
+def test_a_power_law_is_inverted_exactly(b, scale, decades, down):
+    """D2: the share 10^-down trains the spliced loss. The clean model is beyond the table."""
+    assume(max(decades) - min(decades) > 0.1)
+    compute, big = 10 ** torch.tensor(decades, dtype=torch.float64), 1e14
+    clean, sae = scale * big**-b, scale * (big * 10**-down) ** -b
+    share = compute_multiple(compute, scale * compute**-b, sae, clean)
+    assert share.item() == pytest.approx(10**-down, rel=1e-6)
+
+
+@given(noisy_curves(), st.floats(1, 2))
+def test_the_fit_is_least_squares_in_logs(curve, ratio):
+    """D2, against torch's own solver on columns (1, -log C)."""
+    compute, loss = curve
+    columns = torch.stack([torch.ones_like(compute), -compute.log()], -1)
+    slope = torch.linalg.lstsq(columns, loss.log().unsqueeze(-1)).solution[1].item()
+    share = compute_multiple(compute.tolist(), loss.tolist(), 3 * ratio, 3.0)
+    assert share.log().item() == pytest.approx(-math.log(ratio) / slope, rel=1e-6, abs=1e-9)
+
+
+@given(st.integers(2, 6), slopes, st.floats(0.1, 2), st.floats(1, 4), st.floats(0.1, 2))
+def test_a_floor_makes_the_share_too_large(n, b, floor, beyond, down):
+    """Below the losses in the table, L = E + A C^-b falls ever more slowly than any fit to it."""
+    compute = 10.0 ** torch.arange(n, dtype=torch.float64)
+    curve = lambda c: floor + 2 * c**-b  # noqa: E731
+    big = compute.max() * 10 ** (beyond + down)
+    share = compute_multiple(compute, curve(compute), curve(big * 10**-down), curve(big))
+    assert share.item() > 10**-down
+
+
+@pytest.mark.parametrize(
+    ("says", "tables"),  # compute and loss, and perhaps those of the SAE and the clean model
+    [
+        ("n > 1 distinct", [([1], [3]), ([5, 5], [3, 2]), ([], []), ([1, 2, 3], [3, 2])]),
+        ("n > 1 distinct", [([[1, 2]], [[3, 2]])]),
+        ("all positive", [([0, 2], [3, 2]), ([1, 2], [3, -2]), ([1, math.inf], [3, 2])]),
+        ("all positive", [([1, 2], [3, 2], 0.0, 1.0), ([1, 2], [3, 2], 2.0, math.nan)]),
+        ("b = -0.585, expected b > 0", [([1, 2], [2, 3])]),
+        ("expected b > 0", [([1, 2, 7], [0.1, 0.1, 0.1]), ([1, 10, 100], [0.7, 0.1, 0.7])]),
+    ],
+)
+def test_tables_without_a_falling_curve_are_refused(says, tables):
+    for compute, loss, *ces in tables:
+        with pytest.raises(ValueError, match=says):
+            compute_multiple(compute, loss, *(ces or (2.0, 1.0)))
+
+
+# -- D3: what a gradient cannot see ----------------------------------------------------------------
+
+
+def jump_and_shift(theta, w):
+    """Σ w JumpReLU_θ(z) and Σ w ReLU(z - θ): (..., d) -> (...)."""
+    jump = lambda z: (w * gated_sae.jump_relu(z, theta)).sum(-1)  # noqa: E731
+    return jump, lambda z: (w * (z - theta).relu()).sum(-1)
+
+
+@st.composite
+def points(draw):
+    """z, another point (batch, d), θ ≥ 0 and weights (d,), of a size at which much crosses."""
+    batch, d = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    z, other, theta, w = randn(2 * batch + 2, d, seed=draw(seeds)).split([batch, batch, 1, 1])
+    return 2 * z, 2 * other, theta[0].abs(), w[0]
+
+
+@given(points(), st.integers(1, 9))
+def test_the_two_activations_have_the_same_attributions_bit_by_bit(drawn, steps):
+    z, other, theta, w = drawn
+    for method in (partial(integrated_gradients, steps=steps), attribution_patching):
+        jump, shift = (method(fn, z, other) for fn in jump_and_shift(theta, w))
+        assert_equal(jump, shift, rtol=0, atol=0)
+    assert_equal(jump, w * (z > theta) * (other - z))
+
+
+@given(points())
+def test_patching_sees_the_jump(drawn):
+    """D3: from 0 to z > θ, z in the one and z - θ in the other; down to 0, the same lost."""
+    z, _, theta, w = drawn
+    zero, fires = torch.zeros_like(z), z > theta
+    for fn, gain in zip(jump_and_shift(theta, w), (z, z - theta), strict=True):
+        assert_equal(activation_patching(fn, zero, z), w * fires * gain)
+        assert_equal(activation_patching(fn, z, zero), -w * fires * gain)
+        assert_equal(attribution_patching(fn, zero, z), zero, rtol=0, atol=0)
+
+
+@given(points())
+def test_attribution_differs_from_activation_by_the_jump(drawn):
+    """D3: what ReLU(z - θ) has of that error is its kink; JumpReLU has it and ±θ per crossing."""
+    z, other, theta, w = drawn
+    both, zero, lost = jump_and_shift(theta, w), torch.zeros_like(z), w * theta * (z > theta)
+
+    def errors(to):
+        return [activation_patching(fn, z, to) - attribution_patching(fn, z, to) for fn in both]
+
+    jump, shift = errors(other)
+    assert_equal(jump - shift, w * theta * ((other > theta).double() - (z > theta).double()))
+    # Patched to θ itself there is no kink between, and the jump is the whole error.
+    assert_equal(errors(theta.where(z > theta, z)), [-lost, zero])
+    # Down to 0, attribution is right for JumpReLU alone, whose branches are linear through 0.
+    assert_equal(errors(zero), [zero, lost])
+
+
+METHODS = partial(integrated_gradients, steps=4), attribution_patching, activation_patching
+
+
+@given(points())
+def test_all_agree_on_linear_functions_and_only_patching_sees_a_bare_step(drawn):
+    z, other, _, w = drawn
+    linear, step = lambda z: (w * z).sum(-1) + 3, lambda z: (z > 1).double().sum(-1)
+    crossings = (other > 1).double() - (z > 1).double()
+    for method, sign, seen in zip(METHODS, (-1, 1, 1), (0, 0, 1), strict=True):
+        assert_equal(method(linear, z, other), sign * w * (other - z))
+        assert_equal(method(step, z, other), seen * crossings)
+
+
+@given(points())
+def test_activation_patching_keeps_the_other_coordinates(drawn):
+    """A product of coordinates: each effect depends on all the rest."""
+    z, other, _, _ = drawn
+    fn = lambda z: (1 + z).prod(-1)  # noqa: E731
+    for i, effect in enumerate(activation_patching(fn, z, other).unbind(-1)):
+        patched = torch.cat([z[:, :i], other[:, i : i + 1], z[:, i + 1 :]], -1)
+        assert_equal(effect, fn(patched) - fn(z))
+
+
+@given(points(), seeds, st.integers(1, 5))
+def test_integrated_gradients_are_complete_for_smooth_functions(drawn, seed, steps):
+    """The midpoint rule is exact for quadratics, at any number of steps: the gradient halfway."""
+    z, other, _, w = drawn
+    A = randn(len(w), len(w), seed=seed)
+    fn = lambda z: ((z @ A) * z).sum(-1) + z @ w  # noqa: E731
+    found = integrated_gradients(fn, z, other, steps)
+    assert_equal(found, (z - other) * ((z + other) / 2 @ (A + A.T) + w))
+    assert_equal(found.sum(-1), fn(z) - fn(other))
+    # Summed where coordinates interact; each by itself where they do not.
+    mixed = lambda z: (z @ A[:, :3] / 2).sin().sum(-1)  # noqa: E731
+    found = integrated_gradients(mixed, z, other, 500).sum(-1)
+    assert_equal(found, mixed(z) - mixed(other), rtol=0, atol=1e-2)
+    found = integrated_gradients(lambda z: (w * z.sin()).sum(-1), z, other, 500)
+    assert_equal(found, w * (z.sin() - other.sin()), rtol=0, atol=1e-3)
+
+
+@given(points(), st.integers(1, 9), st.data())
+def test_completeness_fails_by_exactly_the_jumps(drawn, steps, data):
+    """D3: θ at the edges of the rule's steps, where the rule is exact at any number of them."""
+    z, _, _, w = drawn
+    ks = data.draw(st.lists(st.integers(0, 2 * steps), min_size=len(w), max_size=len(w)))
+    z = z[:1].abs().expand_as(z)
+    theta, zero = z[0] * torch.tensor(ks) / steps, torch.zeros_like(z)
+    jump, shift = jump_and_shift(theta, w)
+    crossed = (w * theta * (z > theta)).sum(-1)
+    for a, b, sign in ((zero, z, 1), (z, zero, -1)):
+        found = integrated_gradients(jump, b, a, steps)
+        assert_equal(found, sign * w * (z - theta).relu())
+        assert_equal(jump(b) - jump(a) - found.sum(-1), sign * crossed)
+        assert_equal(shift(b) - shift(a), integrated_gradients(shift, b, a, steps).sum(-1))
+
+
+@given(points(), st.integers(1, 50))
+def test_a_kink_costs_at_most_half_a_step(drawn, steps):
+    """Between any two points, each coordinate: the ReLU's change, whichever of the two fn is."""
+    z, other, theta, w = drawn
+    found = integrated_gradients(jump_and_shift(theta, w)[0], z, other, steps)
+    expected = w * ((z - theta).relu() - (other - theta).relu())
+    assert ((found - expected).abs() <= (w * (z - other)).abs() / (2 * steps) + 1e-9).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(points(), st.integers(2, 3))
+def test_stacks_and_shared_points(method, drawn, stack):
+    """(stack, batch, d) with θ (stack, d) is each member alone; the other point may be one row."""
+    z, other, theta, w = drawn
+    z, other = torch.stack([z * (i + 1) for i in range(stack)]), other[0]
+    theta = theta + torch.arange(stack).view(-1, 1)
+    together = method(jump_and_shift(theta, w)[0], z, other)
+    for i in range(stack):
+        fn, shared = jump_and_shift(theta[i], w)[0], other.expand_as(z[i])
+        assert_equal(together[i], method(fn, z[i], shared))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attributions_need_no_graph_and_leave_none(method):
+    (z, other), (theta, w) = randn(2, 2, 3, seed=0), randn(2, 3, seed=1)
+    before, (jump, _) = z.clone(), jump_and_shift(theta, w.requires_grad_())
+    with torch.no_grad():
+        expected = method(jump, z, other)
+    assert not z.requires_grad
+    found = method(jump, z.requires_grad_(), other)
+    assert not found.requires_grad
+    assert_equal((found, z.detach()), (expected, before), rtol=0, atol=0)
+    assert z.grad is w.grad is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fn", [torch.sum, torch.sin])
+def test_a_function_that_does_not_give_one_number_per_row_is_named(fn, method):
+    with pytest.raises(ValueError, match=r"fn gave torch.Size\(\[.*torch.Size\(\[2\]\)"):
+        method(fn, torch.ones(2, 3), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, None])
+def test_bad_steps_are_named(steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}, expected a positive int"):
+        integrated_gradients(lambda z: z.sum(-1), torch.ones(2, 3), torch.zeros(3), steps)

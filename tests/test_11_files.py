@@ -1,0 +1,295 @@
+"""Section 11: saving, loading, and the formats of others."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_saes import VARIANTS, assert_equal, random_batch, random_sae, seeds, sizes, variants
+from safetensors.torch import load_file, save_file
+
+import gated_sae
+from gated_sae import GatedSAE, from_dictionary_learning, load, save, to_dictionary_learning
+
+FIXTURES = Path(__file__).parent / "fixtures"
+WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+stacks = st.sampled_from([(), (3,), (2, 2)])
+dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
+
+
+@settings(max_examples=20)
+@given(variants, sizes, seeds, stacks, dtypes)
+def test_what_is_saved_is_loaded(tmp_path_factory, variant, size, seed, stack, dtype):
+    """Bit for bit, with all options: the loaded SAE has the same config, outputs and losses."""
+    folder = tmp_path_factory.mktemp("sae") / "new" / "folder"
+    sae = random_sae(variant, size, seed, stack=stack).to(dtype)
+    save(sae, folder)
+    loaded = load(folder)
+    assert type(loaded) is type(sae)
+    assert loaded.config == sae.config
+    assert_equal(loaded.state_dict(), sae.state_dict(), rtol=0, atol=0)
+    assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+    x = random_batch(5, size[0], seed=seed).to(dtype)
+    assert_equal((loaded(x), *loaded.losses(x)), (sae(x), *sae.losses(x)), rtol=0, atol=0)
+    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert [*folder.parent.iterdir()] == [folder]
+    new, alike = VARIANTS[variant](*size, stack=stack), type(sae)(**loaded.config)
+    assert_equal(alike.state_dict(), new.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda a: save(GatedSAE(4, 6), a), Path.mkdir, lambda a: a.write_text("mine")]
+)
+def test_nothing_is_written_over(tmp_path, make):
+    make(tmp_path / "a")
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match="a exists, expected a new folder"):
+        save(GatedSAE(4, 6), tmp_path / "a")
+    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    odd, mixed, meta = GatedSAE(4, 6), GatedSAE(4, 6), GatedSAE(4, 6, device="meta")
+    odd.register_buffer("extra", torch.zeros(1))
+    mixed.b_dec.data = mixed.b_dec.data.double()
+    says = "weights are .* expected|on the meta device, expected|got a OptimizedModule, expected"
+    for sae in (odd, mixed, meta, torch.compile(GatedSAE(4, 6))):
+        with pytest.raises(ValueError, match=says):
+            save(sae, tmp_path / "a")
+        assert not [*tmp_path.iterdir()]
+
+
+# -- A kill at any moment --------------------------------------------------------------------------
+
+KILLS = """
+import json, os, pathlib, shutil, signal, sys, time, torch
+root, module = pathlib.Path(sys.argv[1]), sys.argv[2]
+sys.path.insert(0, module)
+torch.set_num_threads(1)
+from gated_sae import GatedSAE, load, save
+save(GatedSAE(1, 1), root / "of the parent")  # imports what no child should spend its time on
+
+for pause in (0.15 * torch.rand(30, generator=torch.Generator().manual_seed(0))).tolist():
+    folder, child = root / "of a child", os.fork()
+    if not child:
+        sae = GatedSAE(64, 2048)
+        for k in range(1, 10_000):
+            for p in sae.parameters():
+                p.data.fill_(k)
+            save(sae, folder / str(k))
+    time.sleep(pause)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    for name in there:
+        if name.endswith(".new"):
+            save(GatedSAE(1, 1), folder / name.removesuffix(".new"))  # which clears it
+            assert not (folder / name).exists()
+    held = {n: load(folder / n).state_dict().values() for n in there if not n.endswith(".new")}
+    print(json.dumps([there, {n: [v.unique().tolist() for v in vs] for n, vs in held.items()}]))
+    shutil.rmtree(folder, ignore_errors=True)
+"""
+
+
+def test_a_killed_save_leaves_a_whole_sae_or_none(tmp_path):
+    """SIGKILL at 30 moments of a loop that saves k = 1, 2, … to folders of these names."""
+    command = [sys.executable, "-c", KILLS, tmp_path, Path(gated_sae.__file__).parent]
+    found = [json.loads(line) for line in subprocess.check_output(command).splitlines()]
+    assert len(found) == 30
+    for there, held in found:
+        assert sum(name.endswith(".new") for name in there) <= 1
+        assert sorted(map(int, held)) == list(range(1, len(held) + 1))
+        assert all(values == [[int(name)]] * 6 for name, values in held.items())
+    assert any(held for _, held in found)
+    assert any(len(held) < len(there) for there, held in found)  # some hit a save in the middle
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(Path, "write_text"), (safetensors.torch, "save_file"), (Path, "rename")],
+)
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch, module, name):
+    """A full disk, say, at either file, or at the end."""
+    error = safetensors.SafetensorError if name == "save_file" else OSError
+
+    def fails(*args):
+        raise error("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fails)
+        with pytest.raises(OSError, match="No space left"):
+            save(GatedSAE(4, 6), tmp_path / "a")
+    assert not [*tmp_path.iterdir()]
+    save(GatedSAE(4, 6), tmp_path / "a")
+
+
+# -- Bad folders -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(GatedSAE(4, 6), tmp_path / "a")
+    return tmp_path / "a"
+
+
+@pytest.mark.parametrize(
+    ("says", "changes"),
+    [
+        ("weights are .* exp", [dict(d_sae=7), dict(d_in=5), dict(stack=[2]), dict(tied=False)]),
+        ("weights are .* expected", [dict(dtype="float64"), dict(architecture="standard")]),
+        ("d_sae is (-1|'six'), expected", [dict(d_sae=-1), dict(d_sae="six")]),
+        ("'(d_sae|architecture)'", [dict(d_sae=...), dict(architecture=...)]),
+        ("int8, expected a floating", [dict(dtype="int8")]),
+        ("float[y']", [dict(dtype="floaty"), dict(dtype=32.5)]),
+        ("topk.*expected .* of one of .*standard.*gated", [dict(architecture="topk")]),
+        ("expected .* of one of", [dict(architecture=["gated"]), dict(d_sae=10**18)]),
+        ("tied=1, .*expected a bool", [dict(tied=1)]),
+        ("'topk'.*expected.*'relu'", [dict(activation_fn_str="topk")]),
+        ("'apply_b_dec_to_input': False.*expected.*: True", [dict(apply_b_dec_to_input=False)]),
+        ("'layer_norm'.*expected.*'none'", [dict(normalize_activations="layer_norm")]),
+        ("penalty is 'log9', expected one of", [dict(penalty="log9")]),
+        (r"a: .*expected cfg\.json of one of", ["", "{", "[]", "3", '"text"', "null", "\x00"]),
+    ],
+)
+def test_configs_that_do_not_fit_are_named(folder, says, changes):
+    config = json.loads((folder / CONFIG).read_text())
+    for change in changes:
+        if isinstance(change, dict):
+            change = json.dumps({k: v for k, v in (config | change).items() if v is not ...})
+        (folder / CONFIG).write_text(change)
+        with pytest.raises(ValueError, match=says):
+            load(folder)
+
+
+def test_missing_files_and_folders_are_named(folder, tmp_path):
+    for missing in (WEIGHTS, CONFIG):
+        (folder / missing).unlink()
+        with pytest.raises(ValueError, match=f"{missing}.*, expected cfg.json"):
+            load(folder)
+    for path in (tmp_path / "nowhere", Path(__file__)):
+        with pytest.raises(ValueError, match=f"^{path}: .*, expected cfg.json"):
+            load(path)
+
+
+def test_weights_that_are_none_are_named_and_a_pickle_is_not_opened(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    torch.save(GatedSAE(4, 6).state_dict(), folder / "pickle")
+    for broken in (*(content[:n] for n in (0, 1, 8, 100, -1)), (folder / "pickle").read_bytes()):
+        (folder / WEIGHTS).write_bytes(broken)
+        with pytest.raises(ValueError, match="SafetensorError.*expected .*sae_weights.safetensors"):
+            load(folder)
+
+
+def test_foreign_weights_are_named(folder):
+    tensors = load_file(folder / WEIGHTS)
+    fewer = {name: tensor for name, tensor in tensors.items() if name != "r_mag"}
+    more, turned = {"W_extra": torch.zeros(2)}, {"W_enc": tensors["W_enc"].T.contiguous()}
+    for foreign in (fewer, tensors | more, tensors | turned):
+        save_file(foreign, folder / WEIGHTS)
+        with pytest.raises(ValueError, match="a: the weights are .* expected"):
+            load(folder)
+
+
+def test_a_loaded_sae_does_not_change_with_its_file(folder):
+    sae = load(folder)
+    before = sae.W_dec.detach().clone()
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-400:] = bytes(400)
+    (folder / WEIGHTS).write_bytes(content)
+    assert torch.equal(sae.W_dec, before)
+
+
+# -- Other libraries' files ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gated", "standard", "jumprelu"])
+def test_saelens_folders_load_with_their_outputs_and_are_written_as_they_were(tmp_path, name):
+    """Every key that SAELens itself wrote, with its value, and the same tensors."""
+    theirs, ours = FIXTURES / f"saelens_{name}", tmp_path / "a"
+    sae, recorded = load(theirs), load_file(theirs / "recorded.safetensors")
+    assert type(sae) is gated_sae.KINDS[name]
+    assert (recorded["f"] > 0).any()
+    assert_equal(
+        (sae.encode(recorded["x"]), sae(recorded["x"])), (recorded["f"], recorded["x_hat"])
+    )
+    save(sae, ours)
+    config, saved = (json.loads((folder / CONFIG).read_text()) for folder in (theirs, ours))
+    config.pop("metadata")  # their version numbers
+    assert {key: saved[key] for key in config} == config
+    assert_equal(load_file(ours / WEIGHTS), load_file(theirs / WEIGHTS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gated", "standard"])
+def test_dictionary_learning_states_load_with_their_outputs_and_are_written_as_they_were(name):
+    folder = FIXTURES / f"dictionary_learning_{name}"
+    recorded, state = (load_file(folder / f"{n}.safetensors") for n in ("recorded", "state"))
+    sae, x = from_dictionary_learning(state), recorded["x"]
+    assert (recorded["f"] > 0).any()
+    assert_equal((sae.encode(x), sae(x)), (recorded["f"], recorded["x_hat"]))
+    for term in ("reconstruct", "sparsity", "aux") if name == "gated" else ():
+        assert_equal(getattr(sae.losses(x), term), recorded[term])
+    assert_equal(to_dictionary_learning(sae), state, rtol=0, atol=0)
+
+
+@given(st.sampled_from(["standard", "gated"]), sizes, seeds)
+def test_states_for_dictionary_learning_come_back_as_they_went(variant, size, seed):
+    sae = random_sae(variant, size, seed)
+    state = to_dictionary_learning(sae)
+    assert all(t.is_contiguous() for t in state.values())
+    back = from_dictionary_learning(state)
+    assert_equal(back.state_dict(), sae.state_dict(), rtol=0, atol=0)
+    state["encoder.weight"].zero_()  # a copy
+    assert min(sae.W_enc.abs().sum(), back.W_enc.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("variant", ["gated untied", "jumprelu", "gated"])
+def test_what_dictionary_learning_has_not_is_named(variant):
+    with pytest.raises(ValueError, match="expected a single Standard or tied Gated SAE"):
+        to_dictionary_learning(
+            random_sae(variant, (4, 8), 0, stack=2 if variant == "gated" else ())
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        *(({name: ...}, "the state holds .* expected") for name in ("encoder.weight", "gate_bias")),
+        ({"k": 3}, "the state holds .* expected"),
+        ({"encoder.weight": torch.zeros(3)}, "the state holds .* expected"),
+        ({"r_mag": torch.zeros(5)}, "weights are .* expected"),
+    ],
+)
+def test_other_states_are_named(change, says):
+    state = load_file(FIXTURES / "dictionary_learning_gated" / "state.safetensors") | change
+    with pytest.raises(ValueError, match=says):
+        from_dictionary_learning({name: t for name, t in state.items() if t is not ...})
+
+
+# -- The file alone --------------------------------------------------------------------------------
+
+ALONE = """
+import sys, torch
+sys.path[:0] = ["."]
+before = set(sys.modules)
+import gated_sae
+new = {name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+assert new == {"gated_sae"}, new
+sae = gated_sae.GatedSAE(4, 8)
+batches = torch.randn(10, 16, 4, generator=torch.Generator().manual_seed(0))
+for record in gated_sae.train(sae, batches, l1=0.1, steps=10, device="cpu"): pass
+gated_sae.save(sae, "sae")
+assert torch.equal(gated_sae.load("sae")(batches[0]), sae(batches[0]))
+"""
+
+
+def test_the_module_works_alone_in_an_empty_folder(tmp_path):
+    """It imports, trains, saves and loads, and imports nothing but torch on the way."""
+    shutil.copy(gated_sae.__file__, tmp_path)
+    subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=tmp_path, check=True)

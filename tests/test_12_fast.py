@@ -1,0 +1,297 @@
+"""Section 12: the sparse step is the dense one, to rounding, and keeps no (batch, d_sae) tensor."""
+
+import copy
+import gc
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from random_saes import VARIANTS, assert_equal, gradients, random_batch, random_sae, seeds, sizes
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gated_sae
+from gated_sae import GatedSAE, find_support, sparse_losses, train
+from toy_data import SuperpositionData
+
+UNABLE = ["gated untied", "gated sigmoid", "soft cutoff", "jumprelu"]
+ABLE = [name for name in VARIANTS if name not in UNABLE]
+DATA = SuperpositionData(8, 16, firing=0.1, seed=3)
+stacks = st.sampled_from([(), (3,), (2, 3)])
+
+
+def shifted(variant, size, seed, shift, **options):
+    """A random SAE whose gates open often or seldom; one latent is dead, and one always fires."""
+    sae = random_sae(variant, size, seed, **options)
+    bias = sae.b_gate if isinstance(sae, GatedSAE) else sae.b_enc
+    bias.data += shift
+    if size[1] > 2:
+        bias.data[..., 0], bias.data[..., 1] = -1e3, 1e3
+    return sae
+
+
+# -- The same losses and gradients -----------------------------------------------------------------
+
+
+@example("gated", (3, 5), 0, (), True, -1e6)  # no gate opens
+@example("gated", (3, 5), 0, (2, 3), True, 1e6)  # all do
+@example("standard norm", (3, 5), 0, (3,), False, -1e6)
+@given(st.sampled_from(ABLE), sizes, seeds, stacks, st.booleans(), st.floats(-8, 8))
+def test_losses_and_gradients_are_the_dense_ones(variant, size, seed, stack, shared, shift):
+    sae = shifted(variant, size, seed, shift, stack=stack)
+    x = random_batch(*(() if shared else stack), 7, size[0], seed=seed).requires_grad_()
+    dense, sparse = sae.losses(x), sparse_losses(sae, x)
+    assert_equal(sparse, dense)
+    weight = 0.1 + torch.rand(stack, generator=torch.Generator().manual_seed(seed)).double()
+    expected = gradients(sae, dense.total(weight).sum())
+    assert_equal(gradients(sae, sparse.total(weight).sum()), expected)
+    sparse_losses(sae, x).total(0.3).sum().backward()
+    assert x.grad is None  # rather than a part of it
+
+
+@given(seeds, st.sampled_from(["standard", "gated", "gated unfrozen"]))
+def test_float32_gradients_agree_to_rounding(seed, variant):
+    sae = shifted(variant, (24, 64), seed, -3.0, stack=(2,)).float()
+    x = random_batch(50, 24, seed=seed).float()
+    dense = gradients(sae, sae.losses(x).total(0.3).sum())
+    sparse = gradients(sae, sparse_losses(sae, x).total(0.3).sum())
+    for name, grad in dense.items():
+        assert (grad - sparse[name]).abs().max() <= 2e-5 * grad.abs().max() + 1e-6, name
+
+
+@pytest.mark.parametrize("block", [1, 3, 8, 40, 1000])
+def test_the_size_of_blocks_changes_nothing(block, monkeypatch):
+    sae, x = shifted("gated", (4, 9), 0, -1.0, stack=(2, 3)), random_batch(2, 3, 7, 4, seed=0)
+    expected, before = find_support(x, sae.W_enc, sae.b_gate)
+    monkeypatch.setattr(gated_sae, "BLOCK", block)
+    found, z = find_support(x, sae.W_enc, sae.b_gate)
+    assert_equal((found.row, found.latent, z), (expected.row, expected.latent, before))
+
+
+def test_frozen_parameters_get_no_gradient():
+    sae = shifted("gated", (8, 16), 0, -1.0).requires_grad_(False)
+    for name in ("r_mag", "b_mag"):
+        getattr(sae, name).requires_grad_(True)
+    sparse_losses(sae, random_batch(20, 8, seed=0)).total(0.3).backward()
+    assert {n for n, p in sae.named_parameters() if p.grad is not None} == {"r_mag", "b_mag"}
+
+
+@pytest.mark.parametrize("broken", ["x", "W_enc", "W_dec", "b_gate"])
+@pytest.mark.parametrize("rough", [False, True])
+def test_a_nan_shows_in_the_loss(broken, rough, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": rough})
+    sae, x = shifted("gated", (256, 128), 0, -140.0), random_batch(20, 256, seed=0)
+    (x if broken == "x" else getattr(sae, broken).data)[..., -1] = math.nan
+    assert sparse_losses(sae, x).total(0.3).isnan()
+
+
+def test_a_weight_changed_before_the_backward_pass_is_noticed():
+    sae = shifted("gated", (8, 16), 0, -1.0)
+    losses = sparse_losses(sae, random_batch(20, 8, seed=0))
+    with torch.no_grad():
+        sae.W_dec.mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.total(0.3).backward()
+
+
+@pytest.mark.parametrize("variant", [*UNABLE, "bfloat16"])
+def test_what_has_no_such_path_refuses_it_and_trains_densely(variant):
+    dtype = torch.bfloat16 if variant == "bfloat16" else None
+    sae = VARIANTS.get(variant, GatedSAE)(8, 4096, dtype=dtype)
+    (sae.b_gate if isinstance(sae, GatedSAE) else sae.b_enc).data -= 10  # few fire, but for soft
+    x = next(DATA.batches(64, seed=0)).to(dtype)
+    with pytest.raises(ValueError, match="expected a Standard or a tied Gated SAE"):
+        sparse_losses(sae, x)
+    assert_equal(gated_sae.fast_losses(sae, x), sae.losses(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_where_torch_rounds_float32_products_the_losses_are_as_exact_as_the_dense(precision):
+    """Under "medium" the factors of float32 products become bfloat16 on some CPUs."""
+    sae, x = GatedSAE(64, 256), torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    sae.b_gate.data -= (x @ sae.W_enc).quantile(0.95, dim=0)
+    exact = copy.deepcopy(sae).double().losses(x.double())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        terms = zip(sparse_losses(sae, x), sae.losses(x), exact, strict=True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for found, dense, truth in terms:
+        assert (found - truth).abs() <= 2 * (dense - truth).abs() + 1e-6 * truth
+
+
+# -- The rough product misses nothing --------------------------------------------------------------
+
+
+def support_of(x, W, b, block=2**21):
+    """Where z + b > 0, (latent, row), by a rough look that must suffice, and z there.
+
+    Among a hundred times as many latents that are shut: too many open ones, and it gives up.
+    """
+    idle = 99 * len(b)
+    W = torch.cat([W, W.new_zeros(len(W), idle)], -1)
+    b_all = torch.cat([b, b.new_full((idle,), -1)])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(gated_sae, "BLOCK", block)
+        monkeypatch.setattr(gated_sae, "find_support", None)  # which it would call again
+        support, z = find_support(x, W, b_all, rough=True)
+    found = torch.zeros(100 * len(b), len(x), dtype=torch.bool)
+    found[support.latent, support.row] = True
+    assert not found[len(b) :].any()
+    return found[: len(b)], z
+
+
+@given(seeds, st.integers(0, 3), st.integers(0, 38), st.sampled_from([1000, 2**21]))
+def test_a_product_in_bfloat16_finds_every_open_gate(seed, spread, n_shut, block):
+    """Also where rows, columns and biases are of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).double()  # noqa: E731
+    x = draw(40, 256) * (spread * draw(40, 1)).exp() * (spread * draw(1, 256)).exp()
+    W = draw(256, 64) * (spread * draw(256, 1)).exp() * (spread * draw(1, 64)).exp()
+    in_order = (x @ W).sort(dim=0).values
+    b = -in_order[n_shut : n_shut + 2].mean(0)  # between two entries of each latent
+    is_open = (x @ W + b > 0).T
+    assert is_open.sum() == 64 * (39 - n_shut)
+    found, z = support_of(x, W, b, block)
+    assert_equal(found, is_open)
+    assert_equal(z, (x @ W).T[is_open])
+
+
+@pytest.mark.parametrize("d_in", range(256, 320, 3))
+def test_no_open_gate_is_missed_where_all_roundings_pull_one_way(d_in):
+    """x and w lie just below the middle between two bfloat16 numbers, and both are rounded down."""
+    x = torch.full((8, d_in), 1 + 0.98 * 2**-8, dtype=torch.float64)
+    found, _ = support_of(x, x.T, -(x @ x.T)[0] * (1 - 1e-6))
+    assert found.all()
+
+
+def test_where_bfloat16_is_fast_the_losses_are_the_same(monkeypatch):
+    sae, x = GatedSAE(256, 512), torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    sae.b_gate.data -= 2.5
+    looks, original = [], find_support
+    watched = lambda *args: looks.append(bool(args[3])) or original(*args)  # noqa: E731
+    monkeypatch.setattr(gated_sae, "find_support", watched)
+    for rough in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda rough=rough: {"amx_bf16": rough})
+        assert_equal(sparse_losses(sae, x), sae.losses(x))
+    assert looks == [False, True]
+
+
+# -- Training --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stack", "every"), [((), None), ((3,), None), ((), 7)])
+@pytest.mark.parametrize("variant", ["standard", "gated", "gated natural"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_training_ends_where_the_dense_one_ends(variant, stack, every, device):
+    ends, options = [], dict(l1=0.1, steps=30, lr=1e-3, resample_every=every)
+    for on in ("cpu", device):
+        sae = shifted(variant, (8, 16), 0, -1.0, stack=stack)
+        options |= dict(losses=partial(sparse_losses, sae) if ends else sae.losses, device=on)
+        *_, last = train(sae, DATA.batches(64, seed=0), **options)
+        ends.append(sae.cpu().state_dict() | {k: v.cpu() for k, v in last.losses._asdict().items()})
+    assert_equal(*ends, rtol=1e-6, atol=1e-8)
+
+
+def test_training_takes_the_sparse_path_once_few_latents_fire(monkeypatch):
+    """Half fire at the start, few later; a stack of six is large enough to be worth it."""
+    taken, shares, original = [], [], sparse_losses
+    watch = lambda *args: taken.append(args) or original(*args)  # noqa: E731
+    monkeypatch.setattr(gated_sae, "sparse_losses", watch)
+    data = SuperpositionData(16, 64, firing=0.03)
+    options = dict(l1=3.0, steps=200, lr=1e-2, log_every=200, device="cpu")
+    sae, dense = (GatedSAE(16, 64, stack=6, dtype=torch.float64) for _ in range(2))
+
+    def watched(x):
+        shares.append((dense.encode(x[:8]) > 0).double().mean())
+        return dense.losses(x)
+
+    list(train(dense, data.batches(512, seed=0), losses=watched, **options))
+    assert not taken
+    *_, last = train(sae, data.batches(512, seed=0), **options)
+    assert len(taken) == sum(share < 1 / 16 for share in shares)
+    assert 20 <= len(taken) <= 180
+    assert last.metrics.l0.mean() < 4
+    assert_equal(sae.state_dict(), dense.state_dict(), rtol=1e-5, atol=1e-7)
+    taken.clear()
+    list(train(GatedSAE(16, 64), data.batches(512, seed=0), **options))  # small: dense is faster
+    assert not taken
+
+
+# -- Work and memory -------------------------------------------------------------------------------
+
+
+class Seen(TorchDispatchMode):
+    """Counts dense matrix products, and the largest tensor that any operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm")
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+                self.largest = max(self.largest, value.numel())
+        return out
+
+
+def alive():
+    """Sizes of all tensors there are, by identity."""
+    gc.collect()
+    tensors = [v for v in gc.get_objects() if issubclass(type(v), torch.Tensor)]
+    return {id(v): v.numel() for v in tensors if v.layout == torch.strided}
+
+
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_a_dense_step_makes_three_products_on_its_way_forward(stack):
+    """One of the encoder, two of the decoder."""
+    x = next(DATA.batches(64, seed=0))
+    with Seen() as seen:
+        GatedSAE(8, 16, stack=stack).losses(x)
+    assert seen.products == 3
+
+
+def wide(d_sae, batch):
+    """An SAE of which few latents fire on these rows."""
+    sae = GatedSAE(8, d_sae)
+    sae.b_gate.data -= 2
+    return sae, torch.randn(batch, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_sparse_step_keeps_no_dense_tensor_for_the_backward_pass():
+    """Nor has it one: it works by blocks."""
+    sae, x = wide(4096, 1024)
+    before = alive()
+    assert 0 < (sae.encode(x) > 0).float().mean() < 0.05
+    with Seen() as seen:
+        losses = sparse_losses(sae, x)
+        kept = alive()
+        losses.total(0.1).backward()
+    assert seen.largest <= max(gated_sae.BLOCK, sae.W_enc.numel()) < 1024 * 4096
+    assert max(kept[name] for name in kept.keys() - before.keys()) < 1024 * 4096 / 8
+
+
+def test_training_makes_no_dense_tensor_for_records_or_resampling():
+    """Nor to find silent latents. Which all need f, or the rows' errors: of some rows at a time."""
+    sae, x = wide(2**15, 2 * 640)
+    with Seen() as seen:
+        run = train(sae, x.split(640), l1=0.1, steps=2, resample_every=1, device="cpu", lr=1e-6)
+        assert [record.metrics.l0 > 1 for record in run] == [True] * 2
+    assert seen.largest <= 2**24 < 640 * 2**15
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("variant", ["standard", "gated", "gated unfrozen", "gated natural"])
+def test_losses_and_gradients_on_cuda_are_those_on_the_cpu(variant, sparse):
+    sae, x = shifted(variant, (32, 128), 0, -2.0, stack=(2,)), random_batch(64, 32, seed=0)
+    expected, grads = sae.losses(x), gradients(sae, sae.losses(x).total(0.3).sum())
+    found = sparse_losses(sae.cuda(), x.cuda()) if sparse else sae.cuda().losses(x.cuda())
+    grads_found = gradients(sae, found.total(0.3).sum())
+    assert_equal([v.cpu() for v in found], list(expected))
+    assert_equal({name: grad.cpu() for name, grad in grads_found.items()}, grads)

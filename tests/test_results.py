@@ -1,0 +1,165 @@
+"""The experiments in results/: their tables, verdicts, sentences, and what is committed."""
+
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from results import claims, measure, pareto, rebuild
+
+ROOT = Path(__file__).parent.parent
+KEYS = {"variant", "d_sae", "l1", "l0", "fvu", "gamma", "norm_ratio", "dead_fraction"}
+CLAIMS = [
+    f"{part}{i}" for part, n in zip("SGAD", (7, 8, 9, 4), strict=True) for i in range(1, n + 1)
+]
+
+
+def made_up_table():
+    """Three exact power laws, L0 = c / FVU, so that every interpolation has a known answer."""
+    factors = {"Standard": 2.0, "Standard 1.5x": 1.5, "Gated": 1.0}
+    gammas = {"Standard": 0.8, "Standard 1.5x": 0.9, "Gated": 1.0}
+    return [
+        {"variant": v, "d_sae": 1, "l1": fvu, "l0": c / fvu, "fvu": fvu, "gamma": gammas[v]}
+        for v, c in factors.items()
+        for fvu in (0.1, 0.22, 0.5)
+    ]
+
+
+def test_the_experiment_fills_its_table_the_same_way_twice():
+    options = dict(n_l1=2, batch=32)
+    table = pareto.sweep(5, **options)
+    assert [row["variant"] for row in table] == [v for v in pareto.COMPARED for _ in range(2)]
+    assert all(set(row) == KEYS for row in table)
+    assert table == pareto.sweep(5, **options)
+    assert table != pareto.sweep(5, seed=1, **options)
+
+
+def test_interpolation_is_exact_on_power_laws():
+    table = made_up_table()
+    assert measure.at_fvu(table, "Standard", 0.15) == pytest.approx((2 / 0.15, 0.8))
+    assert measure.at_fvu(table, "Standard", 0.22) == pytest.approx((2 / 0.22, 0.8))
+    assert measure.at_fvu(table, "Standard", 0.05) is None
+    assert measure.at_fvu(table, "Standard", 0.6) is None
+
+
+def test_the_frontier_leaves_out_what_is_beaten():
+    beaten = {"variant": "Gated", "d_sae": 1, "l1": 1, "l0": 8.0, "fvu": 0.3, "gamma": 1}
+    table = [*made_up_table(), beaten]
+    assert beaten not in measure.frontier(table, "Gated")
+    assert len(measure.frontier(table, "Gated")) == 3
+
+
+def test_the_sentence_quotes_the_table():
+    table = made_up_table()
+    assert {row["Standard / Gated"] for row in pareto.comparison(table)} == {2.0}
+    sentence = pareto.verdict(table)
+    assert "2.0 to 2.0 times fewer active latents than Standard" in sentence
+    assert "1.5 to 1.5 times fewer than a Standard SAE 1.5 times as wide" in sentence
+    assert "γ is 1.00 to 1.00 for Gated and 0.80 to 0.80 for Standard" in sentence
+
+
+def test_kinds_that_share_no_level_are_not_compared():
+    table = [row for row in made_up_table() if row["variant"] != "Gated"]
+    assert pareto.comparison(table) == []
+    assert "cannot be compared" in pareto.verdict(table)
+
+
+# -- What is committed -----------------------------------------------------------------------------
+
+
+def test_the_committed_results_are_of_this_experiment():
+    table = measure.read("pareto")["table"]
+    assert {row["variant"] for row in table} == set(pareto.COMPARED)
+    assert all(set(row) == KEYS for row in table)
+    assert len(pareto.comparison(table)) >= 3
+    assert {(row["world"], row["variant"]) for row in measure.read("runs")} == set(claims.RUNS)
+
+
+@pytest.mark.parametrize("name", ["pareto", "claims", "language"])
+def test_the_page_and_its_pictures_are_of_the_committed_numbers(name):
+    """As `rebuild.py --shown` would draw them."""
+    _, places = rebuild.PARTS[name].shown(measure.read)
+    page = (measure.RESULTS / "README.md").read_text()
+    assert len(places) > 1
+    assert rebuild.filled(page, places) == page
+    assert all(page.count(f"<!-- {place} -->") == 1 for place in places)
+    assert (measure.RESULTS / f"{name}.svg").read_text().startswith("<svg")
+
+
+def test_every_claim_has_a_committed_row():
+    saved = measure.read("claims")
+    assert [row["id"] for row in saved] == CLAIMS == claims.CLAIMS
+    for row in saved:
+        assert set(row) == {"id", "claim", "setting", "seeds", "measured", "verdict"}
+        assert row["verdict"] in ("agrees", "disagrees", "not decidable on toy data")
+        assert row["seeds"] >= 5 or row["verdict"] == "not decidable on toy data"
+
+
+@pytest.mark.parametrize("number", ["G5", "G6", "A1", "A2", "A3", "A4", "A5", "A6", "A9", "D4"])
+def test_the_committed_claims_follow_from_the_committed_runs(number):
+    """Rows that rest on sweeps are computed again; a hand-edited number would not survive."""
+    saved = {row["id"]: row for row in measure.read("claims")}
+    assert claims.Claims(runs=measure.read("runs")).judged(number) == saved[number]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # settings that fail are here to be seen failing
+def test_the_evidence_is_collected_in_small():
+    """A few steps, two seeds: every kind of run goes through, and the claims are all there."""
+    seen = claims.Claims(steps=20, seeds=2, n_l1=2)
+    table = [seen.judged(number) for number in claims.CLAIMS]
+    assert [row["id"] for row in table] == CLAIMS
+    exact = {row["id"]: row["verdict"] for row in table}
+    for claim in ("S1", "S2", "S3", "S4", "S5", "G1", "G3", "G4", "G7", "G8", "D3"):
+        assert exact[claim] == "agrees", claim
+
+
+def test_a_claim_that_does_not_hold_is_said_to_disagree():
+    """Swap the names of Standard and Gated in the runs: the headline's verdict turns."""
+    swap = {"Standard": "Gated", "Gated": "Standard"}
+    runs = [
+        row | {"variant": swap.get(row["variant"], row["variant"])} for row in measure.read("runs")
+    ]
+    assert claims.Claims(runs=runs).judged("D4")["verdict"] == "disagrees"
+
+
+# -- The command -----------------------------------------------------------------------------------
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, str(ROOT / "results" / "rebuild.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_rebuild_writes_numbers_picture_and_page(tmp_path):
+    done = run("pareto", "--steps", "3", "--out", str(tmp_path / "out"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "pareto.json",
+        "pareto.svg",
+        "README.md",
+    }
+    found = json.loads((tmp_path / "out" / "pareto.json").read_text())
+    assert found["steps"] == 3
+    _, places = pareto.shown(partial(measure.read, folder=tmp_path / "out"))
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert rebuild.filled(page, places) == page
+    assert re.sub(r"<!-- (comparison|verdict) -->.*?<!-- /\1 -->", "", page, flags=re.S) in re.sub(
+        r"<!-- (comparison|verdict) -->.*?<!-- /\1 -->",
+        "",
+        (measure.RESULTS / "README.md").read_text(),
+        flags=re.S,
+    )
+    assert places["verdict"] in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "many"], ["--steps", "0"], ["--stops", "3"], ["rebuilt"]]
+)
+def test_bad_usage_is_told_and_exits_with_2(arguments, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "usage: rebuild.py" in done.stderr
