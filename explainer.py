@@ -5,7 +5,7 @@ import marimo
 __generated_with = "0.25.2"
 app = marimo.App(width="medium", app_title="Gated Sparse Autoencoders")
 
-with app.setup:
+with app.setup(hide_code=True):
     import inspect
     import itertools
     import math
@@ -58,18 +58,6 @@ def title():
     return
 
 
-@app.cell
-def settings():
-    torch.set_num_threads(1)  # models this small only wait for a second one
-    n_features = 4  # of Flatland; try 5
-    steps, live_steps = 200, 150  # of each training in the lesson: seconds
-    strengths = [0.4, 0.6, 0.8, 1.0, 1.2]  # the λ that sliders offer
-    # Trained while the reader waits: d_sae of each variant, for 40 features in 20 dimensions.
-    live_sizes = {"Standard": 40, "Standard 1.5x": 60, "Gated": 40}
-    live_sizes |= {"rescale & shift": 40, "JumpReLU": 40}
-    return live_sizes, live_steps, n_features, steps, strengths
-
-
 @app.cell(hide_code=True)
 def world_gist(n_features):
     _n = word(n_features)
@@ -98,8 +86,7 @@ def world_gist(n_features):
     _gist = mo.md(_text.replace("four", _n).replace("Four", _n.capitalize()))
     ask_1 = ask(
         f"A row has two numbers, and there are {_n} directions. Can an SAE find them?",
-        ["no, at most two", "from most starts, not from all", "always"],
-        1,
+        ["no, at most two", "*from most starts, not from all", "always"],
         f"Most rows that are not empty show one feature alone, so the points lie on {_n} rays. But "
         "descent can get stuck with two latents on one ray, or one between two. (Try start 1.)",
     )
@@ -114,10 +101,21 @@ def world_feedback(ask_1):
 
 
 @app.cell
+def settings():
+    torch.set_num_threads(1)  # models this small only wait for a second one
+    n_features = 4  # of Flatland; try 5
+    steps, live_steps = 200, 150  # of each training in the lesson: seconds
+    strengths = [0.4, 0.6, 0.8, 1.0, 1.2]  # the λ that sliders offer
+    # Trained while the reader waits: d_sae of each variant, for 40 features in 20 dimensions.
+    live_sizes = {"Standard": 40, "Standard 1.5x": 60, "Gated": 40}
+    live_sizes |= {"rescale & shift": 40, "JumpReLU": 40}
+    return live_sizes, live_steps, n_features, steps, strengths
+
+
+@app.cell
 def world_controls(n_features, steps):
     starts = list(range(12))
-    _step = max(1, steps // 10)
-    step = slider("training step", 0, steps=list(range(0, steps + 1, _step)))
+    step = slider("training step", 0, steps=list(range(0, steps + 1, max(1, steps // 10))))
     start = mo.ui.dropdown([str(seed) for seed in starts], value="5", label="start")
     _, first_history = learn(gated_sae.StandardSAE, n_features, [0.8] * len(starts), starts, steps)
     mo.hstack([step, start], justify="start", wrap=True)
@@ -165,8 +163,7 @@ def shrink_gist():
     """)
     ask_2 = ask(
         "A feature is there with strength 2, and λ = 0.8. Which coefficient has the least loss?",
-        ["2.0", "1.6", "1.2", "0"],
-        1,
+        ["2.0", "*1.6", "1.2", "0"],
         "At 2 - δ the error costs δ² and the penalty saves 0.8 δ. The first bit of shrinking is "
         "nearly free, the saving is not: it pays until δ = λ/2 = 0.4.",
     )
@@ -238,8 +235,7 @@ def gate_gist():
     ask_3 = ask(
         "At λ = 0.8, how much of a feature's true strength will a latent of a Gated SAE give back, "
         "where it fires?",
-        ["about 60%, like the Standard SAE", "about 100%", "about 140%"],
-        1,
+        ["about 60%, like the Standard SAE", "*about 100%", "about 140%"],
         "The magnitudes answer to the reconstruction alone, and the best reconstruction has no "
         "bias. (How such a gate can be trained at all is the next two sections.)",
     )
@@ -302,8 +298,7 @@ def naive_gist():
     """)
     ask_4 = ask(
         "How does L0, the mean number of latents that fire on a row, behave under this loss?",
-        ["it settles where the two terms balance", "it falls to zero", "it grows"],
-        1,
+        ["it settles where the two terms balance", "*it falls to zero", "it grows"],
         "There is no balance. The reconstruction never asks a gate to open, and the penalty always "
         "asks it to close.",
     )
@@ -330,26 +325,21 @@ def naive_controls(n_features, steps, strengths):
 @app.cell(hide_code=True)
 def naive_picture(l1_naive, n_features, naive_history, standard_history, strengths):
     _i = strengths.index(l1_naive.value)
-    _losses = gated_sae.GatedSAE(2, n_features, tied=False, aux=None)
-    with torch.no_grad():
-        _losses.W_dec.copy_(naive_history[0]["W_dec"][_i])
-        _losses.W_enc.copy_(_losses.W_dec.T)
-        _losses.W_mag.copy_(_losses.W_enc)
-    _terms = _losses.losses(next(flatland(n_features).batches(4000, seed=1)))
+    _first = gated_sae.GatedSAE(2, n_features, tied=False, aux=None)
+    _dec = naive_history[0]["W_dec"][_i]
+    _first.load_state_dict({"W_dec": _dec, "W_enc": _dec.T, "W_mag": _dec.T}, strict=False)
+    _terms = _first.losses(next(flatland(n_features).batches(4000, seed=1)))
+    _terms = _terms.reconstruct, l1_naive.value * _terms.sparsity
+    _hears = [gradient(_first, term, "b_gate").tolist() for term in _terms]
+    _l0 = [point["l0"][_i].item() for point in naive_history]
     _histories = {"Standard": standard_history, "Gated, obvious loss": naive_history}
-    _looks = dict(zip(_histories, (PALETTE["Standard"], PALETTE["Gated"]), strict=True))
+    _looks = PALETTE["Standard"], PALETTE["Gated"]
     _y = axis(alt.Y, "L0: latents firing per row")
     picture(
         history_chart(_histories, "l0", _i, _looks, _y),
         "L0 on fresh rows while training in Flatland. The Standard SAE settles; with the obvious "
         "loss the gates close, one after the other, and stay closed, for every λ.",
-        dying_sentence(
-            gradient(_losses, _terms.reconstruct, "b_gate").tolist(),
-            gradient(_losses, l1_naive.value * _terms.sparsity, "b_gate").tolist(),
-            naive_history[0]["l0"][_i].item(),
-            naive_history[-1]["l0"][_i].item(),
-            naive_history[-1]["step"],
-        ),
+        dying_sentence(*_hears, _l0[0], _l0[-1], naive_history[-1]["step"]),
     )
     return
 
@@ -398,10 +388,9 @@ def aux_gist():
         "If its decoder were not frozen, what would the auxiliary term do to the dictionary?",
         [
             "nothing, the reconstruction already trains it",
-            "pull it towards what suits shrunken coefficients",
+            "*pull it towards what suits shrunken coefficients",
             "kill the gates again",
         ],
-        1,
         "ReLU(π_gate) is too small, by λ/2. A decoder that is to serve it too must compromise, at "
         "the cost of the reconstruction that we keep.",
     )
@@ -445,9 +434,8 @@ def aux_picture(aux_choice, gated, n_features, strengths):
 
 
 @app.cell(hide_code=True)
-def aux_end(claimed):
-    _measured = {row["id"]: row["measured"] for row in claimed}["G6"]
-    _ratio = _measured["L0 aux unfrozen / Gated"]
+def aux_end(measured):
+    _ratio = measured["G6"]["L0 aux unfrozen / Gated"]
     takeaway(
         "L_aux gives the gate a gradient. The frozen decoder keeps the auxiliary task from turning "
         "the dictionary to suit its shrunken coefficients. The paper finds that freezing helps; on "
@@ -485,8 +473,7 @@ def tied_gist():
     """)
     ask_6 = ask(
         "And if W_mag is not tied to W_enc: is a Gated SAE still a JumpReLU?",
-        ["yes", "only at λ = 0", "no"],
-        2,
+        ["yes", "only at λ = 0", "*no"],
         "Gate and magnitude then look along two directions. Two rows with the same π_mag can have "
         "one gate open and one shut, which no threshold on π_mag can do.",
     )
@@ -552,8 +539,7 @@ def norms_gist():
     ask_7 = ask(
         "Freeze the decoder in L_aux, as the paper does, but let the norms in the penalty have "
         "their gradient. What happens to the norms?",
-        ["they stay near 1", "they go to zero", "they grow"],
-        1,
+        ["they stay near 1", "*they go to zero", "they grow"],
         "A shorter d_i lowers the penalty. The reconstruction does not mind, exp(r_mag) makes up "
         "for it. L_aux would mind, but it is not heard: its decoder is frozen.",
     )
@@ -586,29 +572,22 @@ def norms_controls(n_features, steps):
 
 
 @app.cell(hide_code=True)
-def norms_picture(claimed, norms_aux, norms_history, norms_penalty):
+def norms_picture(measured, norms_aux, norms_history, norms_penalty):
     _chosen = f"norms {norms_penalty.value}, aux {norms_aux.value}"
-    _all = {row["id"]: row["measured"] for row in claimed}
-    _measured, _standard = _all["A5"], _all["D4"]
-    _shapes = "circle", "square", "cross", "diamond"
-    _looks = {name: (GREY, shape) for name, shape in zip(norms_history, _shapes, strict=True)}
-    _looks[_chosen] = (PALETTE["Gated"][0], _looks[_chosen][1])
+    _ratio = measured["A5"][f"L0 {_chosen} / Gated"]["mean"]
+    _standard = measured["D4"]["L0 Standard / Gated, plain"]["mean"]
+    _end = norms_history[_chosen][-1]
+    _colours = [PALETTE["Gated"][0] if name == _chosen else GREY for name in norms_history]
+    _looks = zip(_colours, ("circle", "square", "cross", "diamond"), strict=True)
     _ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5]
     _y = axis(alt.Y, "mean length of d_i", _ticks, type="log", domain=[0.05, 5])
-    _widths = alt.Scale(domain=list(_looks), range=[4 if n == _chosen else 2 for n in _looks])
-    _thick = alt.StrokeWidth("what:N", scale=_widths, legend=None)
+    _thick = alt.condition(f"datum.what == '{_chosen}'", alt.value(4), alt.value(2))
     picture(
         history_chart(norms_history, "norm", 0, _looks, _y, strokeWidth=_thick),
         "Mean length of the learned directions during training in Flatland (the scale is "
         "logarithmic). The thick line is the setting chosen. Frozen in both or in neither, the "
         "lengths stay; frozen in one only, they run away.",
-        norms_sentence(
-            _chosen,
-            norms_history[_chosen][-1]["norm"].item(),
-            norms_history[_chosen][-1]["step"],
-            _measured[f"L0 {_chosen} / Gated"]["mean"],
-            _standard["L0 Standard / Gated, plain"]["mean"],
-        ),
+        norms_sentence(_chosen, _end["norm"].item(), _end["step"], _ratio, _standard),
     )
     return
 
@@ -653,8 +632,7 @@ def gamma_gist():
     ask_8 = ask(
         "The nearest multiple of x̂ to x is p · x̂, and the nearest multiple of x to x̂ is q · x. "
         "Is q = 1/p?",
-        ["always", "only if x̂ points exactly as x does", "only if γ = 1"],
-        1,
+        ["always", "*only if x̂ points exactly as x does", "only if γ = 1"],
         "p q is the squared cosine of the angle between them. Turn x̂ until it is nearly "
         "perpendicular to x: then the best multiple of either is nearly 0, both p and q.",
     )
@@ -730,8 +708,7 @@ def frontier_gist():
     """)
     ask_9 = ask(
         "A Standard SAE with 1.5 times the latents costs the same to train. Does it catch up?",
-        ["yes", "half of the way", "no"],
-        2,
+        ["yes", "half of the way", "*no"],
         "Here it needs more latents than the narrow one, not fewer. But mind that our worlds have "
         "exactly as many features as the narrow SAE has latents; language models have more.",
     )
@@ -755,7 +732,8 @@ def frontier_controls():
 @app.cell
 def committed():
     saved, claimed, runs, in_language = map(measure.read, ("pareto", "claims", "runs", "language"))
-    return claimed, in_language, runs, saved
+    measured = {row["id"]: row["measured"] for row in claimed}
+    return claimed, in_language, measured, runs, saved
 
 
 @app.cell(hide_code=True)
@@ -781,12 +759,9 @@ def live_form(live_steps):
     features in 20 dimensions. Train them for longer, or with another seed. Then pick one, with a
     click on its point or from the list, and look at its latents.
     """)
-    _steps = sorted({live_steps, *range(50, 501, 50)})
-    _fields = {
-        "steps": slider("steps", live_steps, steps=_steps),
-        "seed": mo.ui.number(0, 999, value=1, label="seed"),
-    }
-    _form = mo.md("{steps} {seed}").batch(**_fields)
+    _steps = slider("steps", live_steps, steps=sorted({live_steps, *range(50, 501, 50)}))
+    _seed = mo.ui.number(0, 999, value=1, label="seed")
+    _form = mo.md("{steps} {seed}").batch(steps=_steps, seed=_seed)
     live = _form.form(submit_button_label="Train", bordered=True)
     mo.vstack([_gist, live])
     return (live,)
@@ -814,11 +789,8 @@ def live_frontier(choose, live_rows):
 
 @app.cell
 def live_choice(live_rows):
-    _names = {
-        f"{row['variant']}, λ = {row['l1']:.2f}": i
-        for i, row in enumerate(live_rows)
-        if row["l0"] > 0.1
-    }
+    _fire = [(i, row) for i, row in enumerate(live_rows) if row["l0"] > 0.1]
+    _names = {f"{row['variant']}, λ = {row['l1']:.2f}": i for i, row in _fire}
     _first = [name for name in _names if name.startswith("Standard,")][-2]
     choice, choose = mo.state(_names[_first])
     live_list = mo.ui.dropdown(_names, value=_first, label="inspect", on_change=choose)
@@ -883,8 +855,7 @@ def jump_gist():
     ask_10 = ask(
         "θ = 0.5, and z goes from 0 to 1.5, so the JumpReLU goes from 0 to 1.5. What do integrated "
         "gradients attribute to it?",
-        ["0.5", "1.0", "1.5"],
-        1,
+        ["0.5", "*1.0", "1.5"],
         "The slope is 0 up to θ and 1 from there to 1.5: that adds up to 1.0. At the jump there is "
         "no slope to add.",
     )
@@ -941,8 +912,7 @@ def language_gist():
     """)
     ask_11 = ask(
         "In the toy world Gated needed about half the latents at equal FVU. And here, at equal CE?",
-        ["about half", "about as many", "more"],
-        0,
+        ["*about half", "about as many", "more"],
         "The lead holds downstream, on one small model. At equal FVU it looks larger than it is: "
         "what counts for FVU is not quite what counts for the model.",
     )
@@ -985,11 +955,10 @@ def recovered_gist():
         "Against which baseline do SAEs look better, and can the choice change which of two is "
         "ahead?",
         [
-            "the one that breaks the model more; no",
+            "*the one that breaks the model more; no",
             "the one that breaks the model more; yes",
             "the one that breaks it less; no",
         ],
-        0,
         "A worse baseline makes every SAE look better. But the score is a straight line, falling "
         "in the SAE's own loss, whichever baseline is used: the order stays.",
     )
@@ -1012,10 +981,9 @@ def recovered_controls():
 
 @app.cell(hide_code=True)
 def recovered_picture(ablation, in_language):
+    _key, _title = f"recovered_{ablation.value}", f"loss recovered, {ablation.value} ablation"
     picture(
-        spliced_chart(
-            in_language, f"recovered_{ablation.value}", f"loss recovered, {ablation.value} ablation"
-        ),
+        spliced_chart(in_language, _key, _title),
         "Loss recovered by the same SAEs against the baseline you choose. Switch it: all points "
         "move, and none overtakes another.",
         recovered_sentence(in_language),
@@ -1082,11 +1050,15 @@ def claims_table(claimed):
 
 
 @app.function
-def ask(question, options, right, why):
-    """A question to answer before looking; the value of an answer is what is to be said of it."""
-    wrong = mo.callout(mo.md(f"**No: {options[right]}.** {why}"), kind="warn")
-    said = dict.fromkeys(options, wrong)
-    said[options[right]] = mo.callout(mo.md(f"**Right.** {why}"), kind="success")
+def ask(question, options, why):
+    """A question to answer before looking; of the options, the right one is starred.
+
+    The value of an answer is what is to be said of it.
+    """
+    (right,) = (option[1:] for option in options if option[0] == "*")
+    wrong = mo.callout(mo.md(f"**No: {right}.** {why}"), kind="warn")
+    said = dict.fromkeys((option.removeprefix("*") for option in options), wrong)
+    said[right] = mo.callout(mo.md(f"**Right.** {why}"), kind="success")
     return mo.ui.radio(said, label=f"**Predict first.** {question}")
 
 
@@ -1100,8 +1072,7 @@ def answer(asked):
 def slider(label, value, start=None, stop=None, step=None, steps=None):
     """From start to stop, or one of the given steps."""
     if steps is None:
-        steps = [start + k * step for k in range(round((stop - start) / step) + 1)]
-        steps = [round(at, 2) if isinstance(step, float) else at for at in steps]
+        steps = [round(start + k * step, 2) for k in range(round((stop - start) / step) + 1)]
     return mo.ui.slider(steps=steps, value=value, label=label, show_value=True, debounce=True)
 
 
@@ -1158,18 +1129,18 @@ def rows_of(curves, x):
 
 @app.function
 def lines(values, x, y, looks, dots=0, **more):
-    """Lines against two axes, in their order. looks: {name: (colour, shape or dashes)}.
+    """Lines against two axes; looks: (colour, shape or dashes) of each, in their order.
 
     With dots of some size, the lines differ by the shape of these, and else by dashes.
     """
-    (colours, forms), names = zip(*looks.values(), strict=True), list(looks)
+    names, (colours, forms) = list({row["what"]: 0 for row in values}), zip(*looks, strict=True)
     legend = alt.Legend(title=None, orient="top", labelLimit=400, columns=len(names) % 4)
-    of = {"scale": alt.Scale(domain=names, range=colours), "legend": legend}
+    colour = alt.Color("what:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
     form = alt.Shape if dots else alt.StrokeDash
     forms = form("what:N", scale=alt.Scale(domain=names, range=forms), legend=legend)
     point = alt.OverlayMarkDef(size=dots, filled=True) if dots else False
-    chart = alt.Chart(alt.Data(values=values)).mark_line(strokeWidth=3, clip=True, point=point)
-    return chart.encode(x, y, alt.Color("what:N", **of), forms, **more)
+    chart = alt.Chart(alt.Data(values=values)).mark_line(clip=True, point=point)
+    return chart.encode(x, y, colour, forms, **{"strokeWidth": alt.value(3)} | more)
 
 
 @app.function
@@ -1213,18 +1184,12 @@ def learn(kind, n, l1, starts, steps):
             sae.W_mag.copy_(sae.W_enc)
     data, history = flatland(n), []
     held_out = next(data.batches(2000, seed=1))
-
-    def note(step):
-        found = gated_sae.evaluate(sae, [held_out])
-        W_dec = sae.W_dec.detach().clone()
-        norm = W_dec.norm(dim=-1).mean(-1)
-        history.append({"step": step, "W_dec": W_dec, "l0": found.l0, "norm": norm})
-
-    note(0)
     schedule = {"steps": steps, "lr": 3e-2, "log_every": max(1, steps // 10), "device": "cpu"}
-    for record in gated_sae.train(sae, data.batches(256, seed=0), l1=torch.tensor(l1), **schedule):
-        if record.step > 1:
-            note(record.step)
+    records = gated_sae.train(sae, data.batches(256, seed=0), l1=torch.tensor(l1), **schedule)
+    for step in itertools.chain([0], (record.step for record in records if record.step > 1)):
+        l0, W_dec = gated_sae.evaluate(sae, [held_out]).l0, sae.W_dec.detach().clone()
+        norm = W_dec.norm(dim=-1).mean(-1)
+        history.append({"step": step, "W_dec": W_dec, "l0": l0, "norm": norm})
     return sae, history
 
 
@@ -1290,7 +1255,7 @@ def shrinkage_chart(true, found, l1):
     x = axis(alt.X, "a: true strength", domain=[0, 3])
     y = axis(alt.Y, "f: coefficient", domain=[0, 3])
     curves = {"no shrinkage": ends, "max(0, a - λ/2)": gated_sae.shrink(ends, l1)}
-    looks = dict(zip(curves, [(GREY, [6, 4]), (orange, [1, 0])], strict=True))
+    looks = [(GREY, [6, 4]), (orange, [1, 0])]
     squares = alt.Chart(alt.Data(values=rows_of({"f": found[:250]}, true[:250])))
     squares = squares.mark_square(size=22, opacity=0.6, color=orange, clip=True).encode(x, y)
     return panel(squares + lines(rows_of(curves, ends), x, y, looks), 300)
@@ -1315,17 +1280,12 @@ def strengths_chart(true, found):
     edges = [k * width for k in range(21)]
     shares = {k: torch.histc(v, 20, 0.0, 20 * width) / len(true) for k, v in found.items()}
     values = rows_of({name: [*share, 0.0] for name, share in shares.items()}, edges)
-    legend = alt.Legend(title=None, orient="top")
-    chart = alt.Chart(alt.Data(values=values)).mark_area(
-        interpolate="step-after", fillOpacity=0.12, line={"strokeWidth": 2.5}
-    )
-    return panel(
-        chart.encode(
-            axis(alt.X, "strength, or coefficient"),
-            alt.Y("y:Q", stack=None, title="share of rows", axis=alt.Axis(format="%")),
-            alt.Color("what:N", scale=measure.colours(*found), legend=legend),
-        )
-    )
+    x, share = axis(alt.X, "strength, or coefficient"), alt.Axis(format="%")
+    y = alt.Y("y:Q", stack=None, title="share of rows", axis=share)
+    scale, legend = measure.colours(*found), alt.Legend(title=None, orient="top")
+    look = {"fillOpacity": 0.12, "line": {"strokeWidth": 2.5}}
+    chart = alt.Chart(alt.Data(values=values)).mark_area(interpolate="step-after", **look)
+    return panel(chart.encode(x, y, alt.Color("what:N", scale=scale, legend=legend)))
 
 
 @app.function
@@ -1359,8 +1319,7 @@ def dying_sentence(reconstruct, sparsity, l0_first, l0_last, steps):
         f"Before training, the reconstruction's gradient on the {word(len(sparsity))} gate biases "
         f"is **{max(abs(g) for g in reconstruct):.0f}, exactly**; the penalty's is "
         f"{min(sparsity):.2f} to {max(sparsity):.2f}, never negative, so every step lowers them. "
-        f"L0 falls from "
-        f"{l0_first:.2f} to **{l0_last:.2f}** in {steps} steps."
+        f"L0 falls from {l0_first:.2f} to **{l0_last:.2f}** in {steps} steps."
     )
 
 
@@ -1383,19 +1342,14 @@ def flow_chart(flow):
         {"term": term, "parameter": name, "norm": norm, "shown": f"{1000 * norm:.2g}"}
         for (term, name), norm in flow.items()
     ]
-    base = alt.Chart(alt.Data(values=values)).encode(
-        x=alt.X("parameter:N", sort=None, title=None, axis=alt.Axis(orient="top", labelAngle=0)),
-        y=alt.Y("term:N", sort=None, title=None),
-    )
+    x = alt.X("parameter:N", sort=None, title=None, axis=alt.Axis(orient="top", labelAngle=0))
+    base = alt.Chart(alt.Data(values=values)).encode(x, alt.Y("term:N", sort=None, title=None))
     scale = alt.Scale(type="sqrt", range=["#cfe3f1", "#4c9ccb"], domainMin=0)
     shade, some = alt.Color("norm:Q", scale=scale, legend=None), "datum.norm > 0"
-    cells = base.mark_rect(stroke=GREY, strokeWidth=0.5).encode(
-        color=alt.condition(some, shade, alt.value("transparent"))
-    )
-    numbers = base.mark_text(fontSize=13).encode(
-        text="shown:N", color=alt.condition(some, alt.value("#000000"), alt.value(GREY))
-    )
-    return panel(cells + numbers, 150)
+    shade = alt.condition(some, shade, alt.value("transparent"))
+    ink = alt.condition(some, alt.value("#000000"), alt.value(GREY))
+    cells = base.mark_rect(stroke=GREY, strokeWidth=0.5).encode(color=shade)
+    return panel(cells + base.mark_text(fontSize=13).encode(text="shown:N", color=ink), 150)
 
 
 @app.function
@@ -1415,7 +1369,7 @@ def flow_sentence(frozen, unfrozen):
 def one_latent(b_gate, r_mag, b_mag):
     """Gate, magnitude and output of one latent over its pre-activation z, and its threshold."""
     ends = [-1.5, -b_mag / math.exp(r_mag), -b_gate, -b_gate + 1e-9, 2.0]  # it bends only there
-    z = torch.tensor(sorted(ends), dtype=torch.float64)[:, None]
+    z = torch.tensor(sorted(ends), dtype=torch.float64)
     pi_gate, pi_mag = z + b_gate, math.exp(r_mag) * z + b_mag
     theta = torch.tensor([b_mag - math.exp(r_mag) * b_gate], dtype=torch.float64)
     f = gated_sae.gate(pi_gate, pi_mag)
@@ -1423,14 +1377,13 @@ def one_latent(b_gate, r_mag, b_mag):
     many = torch.linspace(-1.5, 2.0, 1000, dtype=torch.float64)[:, None]
     pi_gate, pi_mag = many + b_gate, math.exp(r_mag) * many + b_mag
     same = (gated_sae.gate(pi_gate, pi_mag) - gated_sae.jump_relu(pi_mag, theta)).abs().max().item()
-    return {name: values[:, 0] for name, values in curves.items()}, z[:, 0], theta.item(), same
+    return curves, z, theta.item(), same
 
 
 @app.function
 def latent_chart(curves, z, opens_at):
-    forms = [(GREY, [2, 3]), ("#56b4e9", [8, 4]), (PALETTE["Gated"][0], [1, 0])]
+    looks = [(GREY, [2, 3]), ("#56b4e9", [8, 4]), (PALETTE["Gated"][0], [1, 0])]
     x = axis(alt.X, "z = (x - b_dec) W_enc", 7, domain=[-1.5, 2])
-    looks = dict(zip(curves, forms, strict=True))
     curves = lines(rows_of(curves, z), x, axis(alt.Y, None, domain=[0, 3]), looks)
     return panel(rule(x=opens_at) + curves)
 
@@ -1514,14 +1467,11 @@ def two_vectors_chart(degrees, length, trained):
 
 @app.function
 def two_vectors_sentence(degrees, m):
-    gamma, up, down, both, norm = (
-        getattr(m, key).item()
-        for key in ("gamma", "factor_on_x_hat", "factor_on_x", "cosine_squared", "norm_ratio")
-    )
     return (
-        f"γ = **{gamma:.2f}**, so {up:.2f} x̂ is the best multiple of x̂ (1/γ). The best multiple of "
-        f"x is {down:.2f} x. Were the two reciprocal, their product would be 1; it is "
-        f"**{both:.2f}**, the squared cosine of {degrees}°. The norm ratio ‖x̂‖²/‖x‖² is {norm:.2f}."
+        f"γ = **{m.gamma:.2f}**, so {m.factor_on_x_hat:.2f} x̂ is the best multiple of x̂ (1/γ). The "
+        f"best multiple of x is {m.factor_on_x:.2f} x. Were the two reciprocal, their product "
+        f"would be 1; it is **{m.cosine_squared:.2f}**, the squared cosine of {degrees}°. The norm "
+        f"ratio ‖x̂‖²/‖x‖² is {m.norm_ratio:.2f}."
     )
 
 
@@ -1579,8 +1529,10 @@ def live_runs(sizes, steps, seed, n_l1=5):
     for variant, d_sae in sizes:
         recipe = EVIDENCE[variant]._replace(d_sae=d_sae)
         l1 = recipe.strengths(n_l1)
-        stream = lambda offset: data.batches(256, seed + offset)  # noqa: E731
-        for at, sae, row in measure.swept(recipe, stream, l1, steps, held_out, **options):
+        swept = measure.swept(
+            recipe, lambda offset: data.batches(256, seed + offset), l1, steps, held_out, **options
+        )
+        for at, sae, row in swept:
             rows.append({"variant": variant, "l1": round(l1[at].item(), 3)} | row)
             saes.append(sae)
     return rows, saes
@@ -1599,11 +1551,9 @@ def live_chart(rows):
 @app.function
 def picked(rows, selections, chosen):
     """Which row was clicked in the chart, else the one chosen before."""
-    pick = selections.get("pick") or {}
-    for i, row in enumerate(rows):
-        if pick and row["variant"] in pick.get("variant", []) and row["l1"] in pick.get("l1", []):
-            return i
-    return chosen
+    pick, keys = selections.get("pick") or {}, ("variant", "l1")
+    hits = (i for i, row in enumerate(rows) if all(row[key] in pick.get(key, []) for key in keys))
+    return next(hits, chosen)
 
 
 @app.function
@@ -1625,9 +1575,8 @@ def latents_of(sae, data, rows=4000):
 @app.function
 def latents_chart(latents, variant):
     colour, shape = PALETTE[variant]
-    dots = alt.Chart(alt.Data(values=latents)).mark_point(
-        filled=True, size=70, opacity=0.6, color=colour, shape=shape
-    )
+    dots = alt.Chart(alt.Data(values=latents))
+    dots = dots.mark_point(filled=True, size=70, opacity=0.6, color=colour, shape=shape)
     x = axis(alt.X, "cosine with the nearest true feature", 5, "cosine", zero=False, domainMax=1)
     y = axis(alt.Y, "coefficient / true strength", 6, "share", domain=[0, 1.4], clamp=True)
     tips = [alt.Tooltip(f"{k}:Q", format=".2f") for k in ("cosine", "share", "fires")]
@@ -1667,7 +1616,7 @@ def jump_chart(theta, z):
     jump = gated_sae.jump_relu(path[:, None], torch.tensor([theta], dtype=torch.float64))[:, 0]
     curves = {"JumpReLU": jump, "ReLU(z - θ)": (path - theta).relu()}
     values = [row | {"travelled": row["x"] <= z} for row in rows_of(curves, path)]
-    looks = dict(zip(curves, [(PALETTE["JumpReLU"][0], [1, 0]), (GREY, [8, 4])], strict=True))
+    looks = [(PALETTE["JumpReLU"][0], [1, 0]), (GREY, [8, 4])]
     x = axis(alt.X, "pre-activation on its way from 0 to z", 5)
     faint = alt.condition("datum.travelled", alt.value(1), alt.value(0.25))
     more = {"opacity": faint, "detail": "travelled:N"}
@@ -1701,15 +1650,14 @@ def spliced_chart(found, key, title, levels=()):
 def recovered_sentence(found):
     """What the baseline moves, and what it cannot."""
     rows, names = found["table"], ("zero", "mean")
-    gap = [100 * (row["recovered_mean"] - row["recovered_zero"]) for row in rows]
+    gap = sorted(100 * abs(row["recovered_mean"] - row["recovered_zero"]) for row in rows)
     orders = [sorted(range(len(rows)), key=lambda i: rows[i][f"recovered_{a}"]) for a in names]
     kinder = "mean" if found["ce"]["mean"] > found["ce"]["zero"] else "zero"
-    low, high = sorted((min(gap, key=abs), max(gap, key=abs)), key=abs)
     same = "the same" if orders[0] == orders[1] else "not the same"
     return (
         f"In this model the **{kinder}** is the worse thing to put in: CE "
         f"{found['ce']['zero']:.2f} with zeros, {found['ce']['mean']:.2f} with the mean. So the "
-        f"scores against the {kinder} are {abs(low):.1f} to {abs(high):.1f} points higher. The "
+        f"scores against the {kinder} are {gap[0]:.1f} to {gap[-1]:.1f} points higher. The "
         f"order of the {len(rows)} SAEs is **{same}** under both."
     )
 

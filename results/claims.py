@@ -1,8 +1,6 @@
 """The claims of the discussion: what is measured of each, and what must hold of it."""
 
 import itertools
-import re
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 
@@ -19,16 +17,8 @@ from results.measure import EVIDENCE, HIGH, LOW, METRICS, WORLDS, Recipe, gradie
 from toy_data import recovery
 
 
-def without_r_mag(sae: SAE, generator: torch.Generator) -> None:
-    sae.r_mag.requires_grad_(False)
-
-
 def drawn_apart(sae: SAE, generator: torch.Generator) -> None:
     sae.W_enc.data = type(sae)(**sae.config, generator=generator).W_enc.data
-
-
-def half_dead(sae: SAE, generator: torch.Generator) -> None:
-    sae.b_gate.data[..., ::2] = -1e3
 
 
 gated_sae.PENALTIES["log 4"] = lambda f, norm: (4 * f).log1p()
@@ -36,7 +26,7 @@ ABLATIONS = {
     "log penalty, a = 4": Recipe(StandardSAE, (0.06, 0.5), {"penalty": "log 4"}),
     "aux unfrozen": Recipe(GatedSAE, LOW, {"aux": "unfrozen"}),
     "without aux": Recipe(GatedSAE, HIGH, {"aux": None}),
-    "without r_mag": Recipe(GatedSAE, HIGH, prepare=without_r_mag),
+    "without r_mag": Recipe(GatedSAE, HIGH, prepare=lambda sae, _: sae.r_mag.requires_grad_(False)),
     "untied": Recipe(GatedSAE, HIGH, {"tied": False}),
     "sigmoid gate, without aux": Recipe(gated_sae.SigmoidGatedSAE, LOW, {"aux": None}),
     "norms frozen, aux frozen": Recipe(GatedSAE, HIGH, {"penalty": "norm_frozen"}),
@@ -52,74 +42,8 @@ RUNS = [*itertools.product(WORLDS[:1], EVIDENCE | ABLATIONS)]
 RUNS += itertools.product(WORLDS[1:], EVIDENCE)
 PAIR = "one Standard (λ 0.4) and one Gated (λ 0.9) SAE a seed, plain world, float64"
 SWEEP = "sweep over λ; L0 at equal FVU (0.1 to 0.3), as a ratio to Gated"
+VERDICTS = {True: "agrees", False: "disagrees", None: "not decidable on toy data"}
 per_seed = partial(torch.as_tensor, dtype=torch.float64)
-
-
-class Evidence:
-    """Trained SAEs that many claims look at, measured when first asked for.
-
-    `runs`, where given, are those of an earlier measurement: nothing is then trained for them.
-    """
-
-    def __init__(self, steps=1500, seeds=5, n_l1=5, runs: list[dict] | None = None):
-        self.steps, self.seeds, self.n_l1 = steps, seeds, n_l1
-        if runs is not None:
-            self.runs = runs
-
-    @cached_property
-    def runs(self) -> list[dict]:
-        """A row for every variant on every world, each seed and λ."""
-        return [row for run in tqdm(RUNS, "claims", disable=None) for row in self.run(*run)]
-
-    def run(self, world_name: str, variant: str) -> Iterator[dict]:
-        """All seeds and λ are trained as one stack; each seed has data of its own."""
-        worlds = [world(world_name, seed) for seed in range(self.seeds)]
-        recipe = (EVIDENCE | ABLATIONS)[variant]
-        l1s = [round(l1, 4) for l1 in recipe.strengths(self.n_l1).tolist()]
-        l1 = torch.tensor(l1s).expand(self.seeds, self.n_l1)
-
-        def stream(seed, batch=256):
-            for x in measure.side_by_side(worlds, seed, batch):
-                yield x.unsqueeze(1).expand(*l1.shape, *x.shape[1:])
-
-        held_out = itertools.islice(stream(20_000, 1000), 10)
-        keys = (*METRICS[:3], "norm_ratio", "cosine_squared", "dead_fraction")
-        options = {"keys": keys, "what": f"{variant}, {world_name}", "device": "cpu"}
-        for at, sae, row in measure.swept(recipe, stream, l1, self.steps, held_out, **options):
-            scores = recovery(sae, worlds[at[0]], rows=2000)._asdict()
-            scores["norm"] = sae.W_dec.norm(dim=-1).mean().item()
-            scores = {key: round(scores[key], 4) for key in ("mcc", "f1", "norm")}
-            start = {"world": world_name, "variant": variant, "seed": at[0], "l1": l1s[at[1]]}
-            yield start | row | scores
-
-    def stream(self, seed: int, batch=256) -> Iterator[Tensor]:
-        """Of the plain world, each seed's own: (seeds, batch, 32)."""
-        worlds = [world("plain", seed) for seed in range(self.seeds)]
-        return measure.side_by_side(worlds, seed, batch)
-
-    def stack(self, recipe: Recipe, l1: float, what: str, **options) -> SAE:
-        """One for each seed, trained on the plain world."""
-        options |= {"what": what, "device": "cpu"}
-        l1 = torch.full((self.seeds,), l1)
-        return measure.trained(recipe, self.stream, l1, self.steps, **options)
-
-    # Two stacks, fresh rows for them, (seeds, 5000, 32), and the moments of these with x̂.
-    standard = cached_property(lambda self: self.stack(EVIDENCE["Standard"], 0.4, "S").double())
-    gated = cached_property(lambda self: self.stack(EVIDENCE["Gated"], 0.9, "G").double())
-    x = cached_property(lambda self: next(self.stream(20_000, 5000)).double())
-    m = cached_property(lambda self: moments(self.x, self.standard(self.x).detach()))
-    n = cached_property(lambda self: moments(self.x, self.gated(self.x).detach()))
-
-    def ratio(self, variant: str, other="Gated", world_name="plain") -> Tensor:
-        return per_seed(measure.l0_ratios(self.runs, variant, other, world_name))
-
-    def gamma(self, variant: str) -> Tensor:
-        return per_seed(measure.gammas(self.runs, variant))
-
-    def at_end(self, variant: str, key: str, end: Callable = max) -> Tensor:
-        """A metric at the largest (or smallest) λ of the plain world."""
-        own = [row for row in self.runs if (row["world"], row["variant"]) == ("plain", variant)]
-        return per_seed([row[key] for row in own if row["l1"] == end(row["l1"] for row in own)])
 
 
 def sae_with(state: dict[str, Tensor], kind: type[SAE] = GatedSAE, **options) -> SAE:
@@ -148,41 +72,91 @@ def near(bound: float, within: float) -> Callable:
     return lambda values: len(values) > 0 and bool(((values - bound).abs() <= within).all())
 
 
-def setting(text: str) -> Callable:
-    """What a claim is measured on, where that is not PAIR."""
-    return lambda claim: setattr(claim, "setting", text) or claim
+class Claims:
+    """Each method with a number is a claim, its docstring, measured `on` something: S of shrinkage,
+    G of the gate and its three terms, A of alternatives, D of what it means downstream.
 
-
-class Claims(Evidence):
-    """Each method is a claim, by its number; the docstring says it.
-
-    It yields what it measured: a name, one number per seed, and what must hold of them, if
-    anything. What stands in (parentheses) is judged and not shown.
+    It yields names, numbers, one per seed, and what must hold of them, if anything. What stands in
+    (parentheses) is judged and not shown. The SAEs that many claims look at are trained when first
+    asked for; `runs`, where given, are those of an earlier measurement.
     """
+
+    def __init__(self, steps=1500, seeds=5, n_l1=5, runs: list[dict] | None = None):
+        self.steps, self.seeds, self.n_l1 = steps, seeds, n_l1
+        if runs is not None:
+            self.runs = runs
+
+    @cached_property
+    def runs(self) -> list[dict]:
+        """A row for every variant on every world, each seed and λ."""
+        return [row for run in tqdm(RUNS, "claims", disable=None) for row in self.run(*run)]
+
+    def run(self, world_name: str, variant: str) -> Iterator[dict]:
+        """All seeds and λ are trained as one stack."""
+        recipe = (EVIDENCE | ABLATIONS)[variant]
+        l1s = [round(l1, 4) for l1 in recipe.strengths(self.n_l1).tolist()]
+        l1 = torch.tensor(l1s).expand(self.seeds, self.n_l1)
+
+        def stream(seed, batch=256):
+            for x in self.stream(seed, batch, world_name):
+                yield x.unsqueeze(1).expand(*l1.shape, *x.shape[1:])
+
+        held_out = itertools.islice(stream(20_000, 1000), 10)
+        keys = (*METRICS[:3], "norm_ratio", "cosine_squared", "dead_fraction")
+        options = {"keys": keys, "what": f"{variant}, {world_name}", "device": "cpu"}
+        for at, sae, row in measure.swept(recipe, stream, l1, self.steps, held_out, **options):
+            found = recovery(sae, world(world_name, at[0]), rows=2000)
+            norm = sae.W_dec.norm(dim=-1).mean().item()
+            scores = {"mcc": round(found.mcc, 4), "f1": round(found.f1, 4), "norm": round(norm, 4)}
+            start = {"world": world_name, "variant": variant, "seed": at[0], "l1": l1s[at[1]]}
+            yield start | row | scores
+
+    def stream(self, seed: int, batch=256, name="plain") -> Iterator[Tensor]:
+        """Each seed has data of its own: (seeds, batch, 32)."""
+        streams = [world(name, i).batches(batch, seed + i) for i in range(self.seeds)]
+        return map(torch.stack, zip(*streams, strict=True))
+
+    def stack(self, recipe: Recipe, l1: float, what: str, **options) -> SAE:
+        """One for each seed, trained on the plain world."""
+        l1, options = torch.full((self.seeds,), l1), options | {"what": what, "device": "cpu"}
+        return measure.trained(recipe, self.stream, l1, self.steps, **options)
+
+    # Two stacks, fresh rows for them, (seeds, 5000, 32), and the moments of these with x̂.
+    standard = cached_property(lambda self: self.stack(EVIDENCE["Standard"], 0.4, "S").double())
+    gated = cached_property(lambda self: self.stack(EVIDENCE["Gated"], 0.9, "G").double())
+    x = cached_property(lambda self: next(self.stream(20_000, 5000)).double())
+    m = cached_property(lambda self: moments(self.x, self.standard(self.x).detach()))
+    n = cached_property(lambda self: moments(self.x, self.gated(self.x).detach()))
+
+    def ratio(self, variant: str, other="Gated", world_name="plain") -> Tensor:
+        return per_seed(measure.l0_ratios(self.runs, variant, other, world_name))
+
+    def gamma(self, variant: str) -> Tensor:
+        return per_seed(measure.gammas(self.runs, variant))
+
+    def at_end(self, variant: str, key: str, end: Callable = max) -> Tensor:
+        """A metric at the largest (or smallest) λ of the plain world."""
+        own = [row for row in self.runs if (row["world"], row["variant"]) == ("plain", variant)]
+        return per_seed([row[key] for row in own if row["l1"] == end(row["l1"] for row in own)])
 
     def judged(self, number: str) -> dict:
         """A row of the table. The verdict is computed, never written."""
         claim, shown, holds = getattr(self, number), {}, []
+        (setting,) = claim.__defaults__
         for name, values, *criteria in claim():
             values = per_seed(values).detach()
             holds += [bool(holds_of(values)) for holds_of in criteria]
             shown |= {name: values} if len(values) and name[0] != "(" else {}
-        verdict = (
-            ("agrees" if all(holds) else "disagrees") if holds else "not decidable on toy data"
-        )
         return {
             "id": number,
             "claim": claim.__doc__,
-            "setting": getattr(claim, "setting", PAIR),
+            "setting": setting,
             "seeds": max(map(len, shown.values()), default=0),
             "measured": {name: spread(values) for name, values in shown.items()},
-            "verdict": verdict,
+            "verdict": VERDICTS[all(holds) if holds else None],
         }
 
-    # -- Shrinkage and how to measure it
-
-    @setting("50 random a, λ a seed")
-    def S1(self):
+    def S1(self, on="50 random a, λ a seed"):
         """L1 shrinks: gradient descent finds max(0, a - λ/2)"""
         generators = [torch.Generator().manual_seed(seed) for seed in range(self.seeds)]
         a, l1 = torch.stack([torch.rand(2, 50, generator=g) for g in generators], 1).double()
@@ -191,59 +165,54 @@ class Claims(Evidence):
             f = (f - 0.1 * (2 * (f - a) + l1)).clamp_min(0)
         yield "largest distance to closed form", largest(f - gated_sae.shrink(a, l1)), near(0, 1e-9)
 
-    def S2(self):
+    def S2(self, on=PAIR):
         """γ = E‖x̂‖²/E[x̂·x] is the best rescaling of x̂"""
         m, g = self.m, torch.linspace(0.5, 1.5, 100_001).double()[:, None]
         best = g[(m.x_hat_sq / g**2 - 2 * m.dot / g + m.x_sq).argmin(0), 0]
         yield "γ of Standard", m.gamma
         yield "its distance to the best of a grid", (best - m.gamma).abs(), near(0, 1e-5)
 
-    def S3(self):
+    def S3(self, on=PAIR):
         """γ follows from three logged numbers"""
         error_sq = gated_sae.squared_error(self.x, self.standard(self.x))
         logged = Moments.from_norms(self.m.x_sq, self.m.x_hat_sq, error_sq)
         yield "distance between the two γ", (logged.gamma - self.m.gamma).abs(), near(0, 1e-9)
 
-    def S4(self):
+    def S4(self, on=PAIR):
         """E[x̂·x]/E‖x‖² projects x̂ on x"""
         rest = self.standard(self.x) - self.m.factor_on_x[:, None, None] * self.x
         along = (rest * self.x).sum(-1).mean(-1) / self.m.dot
         yield "factor on x", self.m.factor_on_x
         yield "what is left along x, relative", along.abs(), near(0, 1e-9)
 
-    def S5(self):
+    def S5(self, on=PAIR):
         """the two best factors are not reciprocal; the one on x̂ is 1/γ"""
         yield "factor on x times factor on x̂", self.m.cosine_squared, below(1)
         yield "factor on x̂ times γ", self.m.factor_on_x_hat * self.m.gamma, near(1, 1e-9)
 
-    def S6(self):
+    def S6(self, on=PAIR):
         """the first preprint's formula is right at γ = 1 only; it gave 1/√3 for 1/2"""
         one, name = torch.ones(self.seeds, 1, 1).double(), "first preprint's value"
         yield f"{name} over γ, Standard", self.m.gamma_v1 / self.m.gamma, above(1)
         yield f"{name} at x = 1, x̂ = 1/2", moments(one, one / 2).gamma_v1, near(3**-0.5, 1e-9)
         yield f"{name} over γ, Gated", self.n.gamma_v1 / self.n.gamma, near(1, 1e-2)
 
-    def S7(self):
+    def S7(self, on=PAIR):
         """an unbiased SAE has a norm ratio below 1"""
         yield "γ of Gated", self.n.gamma, near(1, 0.02)
         yield "norm ratio of Gated", self.n.norm_ratio, below(0.98)
 
-    # -- Why the loss has three terms
-
-    def G1(self):
+    def G1(self, on=PAIR):
         """reconstruction gives the gate no gradient: exactly 0"""
-        g, name = self.gated, "largest absolute gradient of reconstruct on b_gate"
-        W_mag = g.W_enc * g.r_mag.exp().unsqueeze(-2)
+        g, x = self.gated, self.x
+        W_mag = g.W_enc * gated_sae.as_row(g.r_mag.exp())
         untied = sae_with(g.state_dict() | {"W_mag": W_mag}, tied=False)
-        for name, sae, gate in (
-            ("largest absolute gradient of reconstruct on b_gate", g, "b_gate"),
-            ("the same on an untied W_gate", untied, "W_enc"),
-        ):
-            grad = gradient(sae, sae.losses(self.x).reconstruct.sum(), gate)
-            yield name, largest(grad), near(0, 0)
+        to_b_gate = gradient(g, g.losses(x).reconstruct.sum(), "b_gate")
+        to_W_gate = gradient(untied, untied.losses(x).reconstruct.sum(), "W_enc")
+        yield "largest absolute gradient of reconstruct on b_gate", largest(to_b_gate), near(0, 0)
+        yield "the same on an untied W_gate", largest(to_W_gate), near(0, 0)
 
-    @setting("smallest λ of the sweep; gradients: " + PAIR)
-    def G2(self):
+    def G2(self, on="smallest λ of the sweep; gradients: " + PAIR):
         """without L_aux the gradient on b_gate is never negative, and the gates close"""
         without, aux = (self.at_end(variant, "l0", min) for variant in ("without aux", "Gated"))
         wrong = sae_with(self.gated.state_dict(), aux=None)
@@ -253,14 +222,14 @@ class Claims(Evidence):
         yield "(one over the other)", aux / without.clamp_min(1e-9), above(10)
         yield "smallest gradient of L_incorrect on b_gate", grad.amin(-1), lambda v: (v >= 0).all()
 
-    def G3(self):
+    def G3(self, on=PAIR):
         """L_aux with the frozen decoder: W_dec gets exactly 0, b_dec does not"""
         aux, name = self.gated.losses(self.x).aux.sum(), "largest absolute gradient of L_aux on"
         yield f"{name} W_dec", largest(gradient(self.gated, aux, "W_dec")), near(0, 0)
         b_dec = largest(gradient(self.gated, aux, "b_dec"))
         yield f"{name} b_dec", b_dec, lambda values: (values > 0).all()
 
-    def G4(self):
+    def G4(self, on=PAIR):
         """two usual losses have the gradient of three terms, aux unfrozen"""
         x, sae = self.x, sae_with(self.gated.state_dict(), aux="unfrozen")
         pi_gate, pi_mag = sae.paths(x)
@@ -270,52 +239,45 @@ class Claims(Evidence):
         off = [largest(gradient(sae, two, name) - gradient(sae, three, name)) for name in names]
         yield "largest distance of gradients", torch.stack(off).amax(0), near(0, 1e-9)
 
-    @setting("largest λ of the sweep")
-    def G5(self):
+    def G5(self, on="largest λ of the sweep"):
         """a sigmoid gate trained with L_incorrect alone stays alive (sparse or not: see L0)"""
         variant = "sigmoid gate, without aux"
         yield "dead latents", self.at_end(variant, "dead_fraction"), below(0.1)
         yield "L0", self.at_end(variant, "l0")
         yield "FVU", self.at_end(variant, "fvu"), below(0.5)
 
-    @setting(SWEEP)
-    def G6(self):
+    def G6(self, on=SWEEP):
         """freezing helps, r_mag helps, untying does not"""
         yield "L0 aux unfrozen / Gated", self.ratio("aux unfrozen"), above(1)
         yield "L0 without r_mag / Gated", self.ratio("without r_mag"), above(1)
         yield "L0 untied / Gated", self.ratio("untied"), lambda values: not below(1)(values)
 
-    def G7(self):
+    def G7(self, on=PAIR):
         """a tied Gated SAE is a JumpReLU"""
         off = gated_sae.to_jumprelu(self.gated).encode(self.x) - self.gated.encode(self.x)
         yield "largest distance of outputs", largest(off), near(0, 1e-9)
 
-    def G8(self):
+    def G8(self, on=PAIR):
         """b_mag = exp(r_mag) b_gate removes the jump"""
         sae = sae_with(self.gated.state_dict(), gated_sae.NaturalGatedSAE)
         smooth = gated_sae.as_row(sae.r_mag.exp()) * sae.paths(self.x)[0].relu()
         off = largest(sae.encode(self.x) - smooth)
         yield "largest distance to exp(r_mag) ReLU(π_gate)", off, near(0, 1e-9)
 
-    # -- Alternatives raised in the comments
-
-    @setting(SWEEP)
-    def A1(self):
+    def A1(self, on=SWEEP):
         """rescale & shift cures shrinkage but stays behind Gated"""
         for variant in ("rescale & shift", "rescale & shift, decoder too"):
             yield f"γ, {variant}", self.gamma(variant), near(1, 0.03)
             yield f"L0 {variant} / Gated", self.ratio(variant), above(1)
 
-    @setting(SWEEP + ", and to rescale & shift")
-    def A2(self):
+    def A2(self, on=SWEEP + ", and to rescale & shift"):
         """without the Heaviside, y = x̂(t ⊙ f): less expressive than rescale & shift"""
         behind = self.ratio("natural b_mag", "rescale & shift")
         yield "L0 natural b_mag / Gated", self.ratio("natural b_mag")
         yield "L0 natural b_mag / rescale & shift", behind, above(1)
         yield "γ", self.gamma("natural b_mag")
 
-    @setting("sweep over λ, a = 1; γ where 60% to 95% of the variance is explained")
-    def A3(self):
+    def A3(self, on="sweep over λ, a = 1; γ where 60% to 95% of the variance is explained"):
         """log(1 + a f) in place of L1 lessens shrinkage of the Standard SAE"""
         log, standard = self.gamma("log penalty"), self.gamma("Standard")
         yield "γ, log penalty", log
@@ -325,16 +287,14 @@ class Claims(Evidence):
         yield "γ, a = 4", self.gamma("log penalty, a = 4")
         yield "L0, a = 4 / Standard", self.ratio("log penalty, a = 4", "Standard")
 
-    @setting("trained at s = 0.1, measured at its limit s → 0")
-    def A4(self):
+    def A4(self, on="trained at s = 0.1, measured at its limit s → 0"):
         """the soft cutoff trains, and becomes a JumpReLU as s falls"""
         yield "L0 soft cutoff / Standard", self.ratio("soft cutoff", "Standard"), len
         yield "L0 soft cutoff / Gated", self.ratio("soft cutoff")
         yield "γ", self.gamma("soft cutoff")
         yield "(FVU at the smallest λ)", self.at_end("soft cutoff", "fvu", min), below(0.2)
 
-    @setting(SWEEP + "; norms at the smallest λ")
-    def A5(self):
+    def A5(self, on=SWEEP + "; norms at the smallest λ"):
         """decoder-norm penalty: freeze in both or neither; in one only is worse"""
         both, neither = "norms frozen, aux frozen", "norms live, aux unfrozen"
         only_aux, only_norms = "norms live, aux frozen", "norms frozen, aux unfrozen"
@@ -344,63 +304,50 @@ class Claims(Evidence):
         for variant in (only_aux, only_norms):
             yield f"(L0 {variant} / {neither})", self.ratio(variant, neither), above(1)
 
-    @setting(SWEEP)
-    def A6(self):
+    def A6(self, on=SWEEP):
         """W_enc starting as W_dec transposed, and warming λ up, help"""
         for variant in ("encoder drawn apart", "no λ warm-up"):
             yield f"L0 {variant} / Gated", self.ratio(variant), above(1)
 
-    @setting("x and biases times 3: " + PAIR)
-    def A7(self):
+    def A7(self, on="x and biases times 3: " + PAIR):
         """dividing the L2 loss by E‖x‖² carries hyper-parameters over"""
         x, state = self.x, self.gated.state_dict()
         big = sae_with(state | {name: 3 * b for name, b in state.items() if name[:2] == "b_"})
         plain = self.gated.losses(x), big.losses(3 * x)
         divided = gated_sae.normalized(plain[0], x), gated_sae.normalized(plain[1], 3 * x)
-        for name, (one, three), *criteria in (
-            ("normalised", divided, near(1, 1e-9)),
-            ("plain", plain),
-        ):
+        for name, (one, three), *so in ("normalised", divided, near(1, 1e-9)), ("plain", plain):
             error, sparsity = three.reconstruct / one.reconstruct, three.sparsity / one.sparsity
-            yield f"error at 3 x over error at x, {name}", error, *criteria
-            yield f"sparsity at 3 x over sparsity at x, {name}", sparsity, *criteria
+            yield f"error at 3 x over error at x, {name}", error, *so
+            yield f"sparsity at 3 x over sparsity at x, {name}", sparsity, *so
 
-    @setting("Gated, λ 0.6, half the gates started at -1000")
-    def A8(self):
+    def A8(self, on="Gated, λ 0.6, half the gates started at -1000"):
         """resampling revives dead latents: fewer than half as many are left"""
-
-        def dead(what, every):
-            recipe = EVIDENCE["Gated"]._replace(prepare=half_dead)
+        silenced = lambda sae, _: sae.b_gate.data[..., ::2].fill_(-1e3)  # noqa: E731
+        recipe, dead = EVIDENCE["Gated"]._replace(prepare=silenced), {}
+        runs = {"without resampling": None, "resampled every tenth of the run": self.steps // 10}
+        for what, every in runs.items():
             sae = self.stack(recipe, 0.6, what, resample_every=every)
-            return gated_sae.evaluate(sae, itertools.islice(self.stream(20_000), 40)).dead_fraction
-
-        left, resampled = dead("half dead", None), dead("resampled", self.steps // 10)
-        yield "dead latents without resampling", left
-        yield "dead latents resampled every tenth of the run", resampled
+            held_out = itertools.islice(self.stream(20_000), 40)
+            dead[what] = gated_sae.evaluate(sae, held_out).dead_fraction
+            yield f"dead latents {what}", dead[what]
+        left, resampled = dead.values()
         yield "(more than half of them)", resampled - left / 2, below(0)
 
-    @setting(SWEEP)
-    def A9(self):
+    def A9(self, on=SWEEP):
         """at equal training compute (Standard 1.5 times as wide) Gated is ahead"""
         for name in WORLDS:
             ratio = self.ratio("Standard 1.5x", "Gated", name)
             yield f"L0 Standard 1.5x / Gated, {name}", ratio, above(1)
 
-    # -- What the numbers mean downstream
-
-    @setting("a random softmax head of 50 classes reads x; " + PAIR)
-    def D1(self):
+    def D1(self, on="a random softmax head of 50 classes reads x; " + PAIR):
         """zero ablation inflates loss recovered, and never changes which SAE is ahead"""
-        heads, labels = [], []
+        heads = []
         for seed, x in enumerate(self.x):
             generator = torch.Generator().manual_seed(seed)
-            heads.append(torch.randn(32, 50, generator=generator).double())
-            odds = (x @ heads[-1]).softmax(-1)
-            labels.append(torch.multinomial(odds, 1, generator=generator)[:, 0])
-
-        def ce(x):  # the labels are the head's own samples
-            return torch.stack(list(map(cross_entropy, x @ torch.stack(heads), labels)))
-
+            W = torch.randn(32, 50, generator=generator).double()
+            labels = torch.multinomial((x @ W).softmax(-1), 1, generator=generator)  # its samples
+            heads.append(lambda x, W=W, labels=labels[:, 0]: cross_entropy(x @ W, labels))
+        ce = lambda x: torch.stack([head(one) for head, one in zip(heads, x, strict=True)])  # noqa: E731
         x, scores = self.x, {}
         for kind, sae in (("Standard", self.standard), ("Gated", self.gated)):
             for name, ablated in (("zero", 0 * x), ("mean", x.mean(1, True).expand_as(x))):
@@ -410,21 +357,16 @@ class Claims(Evidence):
         yield "(changed)", (zero > 0).double() - (mean > 0).double(), near(0, 0)
         yield "(inflated)", scores["Gated", "zero"] - scores["Gated", "mean"], above(0)
 
-    @setting("needs language models of several sizes")
-    def D2(self):
+    def D2(self, on="needs language models of several sizes"):
         """compute-efficiency hit, off a scaling curve"""
         return ()
 
-    @setting("Gated as JumpReLU, sum of f̃, 200 rows, 2000 steps")
-    def D3(self):
+    def D3(self, on="Gated as JumpReLU, sum of f̃, 200 rows, 2000 steps"):
         """integrated gradients miss exactly the jumps"""
         sae = gated_sae.to_jumprelu(self.gated)
         pi = (sae.project(self.x[:, :200]) + gated_sae.as_row(sae.b_enc)).detach()
         theta = gated_sae.as_row(sae.threshold)
-
-        def out(pi):
-            return gated_sae.jump_relu(pi, sae.threshold).sum(-1)
-
+        out = lambda pi: gated_sae.jump_relu(pi, sae.threshold).sum(-1)  # noqa: E731
         attributed = gated_sae.integrated_gradients(out, pi, 0 * pi, steps=2000).sum(-1)
         gap = (out(pi) - out(0 * pi) - attributed).mean(-1)
         jumps = ((pi > theta) * theta).sum(-1).mean(-1)
@@ -432,8 +374,7 @@ class Claims(Evidence):
         yield "sum of the jumps crossed", jumps
         yield "(one over the other)", gap / jumps, near(1, 0.01)
 
-    @setting(SWEEP)
-    def D4(self):
+    def D4(self, on=SWEEP):
         """about half as many latents at equal reconstruction, and γ near 1"""
         for name in WORLDS:
             yield f"L0 Standard / Gated, {name}", self.ratio("Standard", "Gated", name), above(1.5)
@@ -441,30 +382,26 @@ class Claims(Evidence):
         yield "γ, Standard", self.gamma("Standard")
 
 
-CLAIMS = [name for name in vars(Claims) if re.fullmatch("[SGAD][1-9]", name)]
+CLAIMS = [name for name in vars(Claims) if name[1:].isdigit()]
 
 
 def measured(steps: int, seed: int) -> dict:
     """{name of a JSON file: what it holds}. The seeds are 0 to 4, whatever `seed` is."""
     seen = Claims(min(steps, 1500))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what fails is here to be seen failing
-        return {"claims": [seen.judged(number) for number in CLAIMS], "runs": seen.runs}
+    return {"claims": [seen.judged(number) for number in CLAIMS], "runs": seen.runs}
 
 
 def condensed(claimed: list[dict]) -> list[dict]:
     """The table of claims for README.md: at most three numbers a row."""
-
-    def numbers(row):
-        for name, value in list(row["measured"].items())[:3]:
-            error = f" ± {value['se']:.1g}" if value["se"] else ""
-            yield f"{name} {value['mean']:.3g}{error}"
-
-    return [
-        {"": row["id"], "claim": row["claim"]}
-        | {"measured": "; ".join(numbers(row)), "verdict": row["verdict"]}
-        for row in claimed
-    ]
+    table = []
+    for row in claimed:
+        numbers = [
+            f"{name} {value['mean']:.3g}" + (f" ± {value['se']:.1g}" if value["se"] else "")
+            for name, value in list(row["measured"].items())[:3]
+        ]
+        start = {"": row["id"], "claim": row["claim"]}
+        table.append(start | {"measured": "; ".join(numbers), "verdict": row["verdict"]})
+    return table
 
 
 def recovered(rows: list[dict], fvu=0.2) -> list[dict]:

@@ -21,9 +21,6 @@ SPLICED = {
 }
 
 
-# -- The model and its text ------------------------------------------------------------------------
-
-
 def english() -> tuple[Tensor, Tensor]:
     """(read, held_out): bytes of Python's own help texts; the last tenth is held out.
 
@@ -36,9 +33,9 @@ def english() -> tuple[Tensor, Tensor]:
 
 
 class LanguageModel(nn.Module):
-    """A transformer of one layer, GELU: bytes (batch, tokens) -> logits (batch, tokens, 256).
+    """A transformer of one layer: bytes (batch, tokens) -> logits of the next (batch, tokens, 256).
 
-    The logits at a byte are for the next one. At most `context` bytes are read at once.
+    It reads at most `context` bytes at once.
     """
 
     def __init__(self, d_model=128, n_heads=8, context=128):
@@ -105,10 +102,8 @@ def trained_model(text: Tensor, steps=1200, seed=0) -> LanguageModel:
 
 
 def guessing(text: Tensor, held_out: Tensor) -> dict[str, float]:
-    """CE in nats per byte without a model: from counts of bytes, and of bytes after a byte.
-
-    A byte after a byte counts once more in all, spread as single bytes are.
-    """
+    """CE in nats per byte without a model: from counts of bytes, and of bytes after a byte (and one
+    more in all, spread as single bytes are)."""
     single = torch.bincount(text, minlength=256) + 1.0
     single /= single.sum()
     pairs = torch.bincount(256 * text[:-1] + text[1:], minlength=256**2).view(256, 256) + single
@@ -120,14 +115,10 @@ def guessing(text: Tensor, held_out: Tensor) -> dict[str, float]:
     }
 
 
-# -- The experiment --------------------------------------------------------------------------------
-
-
 def experiment(model_steps=1200, steps=1500, seed=0, n_l1=7) -> dict:
-    """SAEs spliced into a language model: its own CE, and a row for each SAE on its MLP's output.
+    """A language model, and SAEs of its MLP's output: CE in nats per byte of held-out text.
 
-    CE is in nats per byte of held-out text: clean, with the MLP's output ablated (zeros, or its
-    mean), and with x̂ in its place.
+    It is clean, with the MLP's output ablated (zeros, or its mean), or with x̂ in its place.
     """
     read, held_out = english()
     model = trained_model(read, model_steps, seed)
@@ -153,13 +144,9 @@ def experiment(model_steps=1200, steps=1500, seed=0, n_l1=7) -> dict:
             for ablated in ("zero", "mean"):
                 end[f"recovered_{ablated}"] = loss_recovered(end["ce"], ce["clean"], ce[ablated])
             table.append(rounded(start | row | end))
-    return {
-        "python": sys.version.split()[0],  # whose help texts these are
-        "steps": {"language model": model_steps, "SAEs": steps},
-        "seed": seed,
-        "ce": rounded(ce),
-        "table": table,
-    }
+    made = {"python": sys.version.split()[0]}  # whose help texts these are
+    made |= {"steps": {"language model": model_steps, "SAEs": steps}, "seed": seed}
+    return made | {"ce": rounded(ce), "table": table}
 
 
 def rounded(row: dict) -> dict:
@@ -174,17 +161,16 @@ def comparison(found: dict, levels=(0.8, 0.9, 0.95, 0.98)) -> list[dict]:
     ce, rows = found["ce"], []
     # What splicing adds to CE may stand in for FVU: a level of it is found just as well.
     added = [row | {"fvu": row["ce"] - ce["clean"], "FVU": row["fvu"]} for row in found["table"]]
-    for level in levels:
-        allowed = (1 - level) * (ce["mean"] - ce["clean"])
-        for _, at, ratios in at_levels(added, SPLICED, [allowed], ("gamma", "FVU")):
-            zero = 1 - allowed / (ce["zero"] - ce["clean"])
-            row = {"recovered, mean": level, "recovered, zero": round(zero, 3)}
-            row["CE"] = round(ce["clean"] + allowed, 3)
-            row |= {f"L0 {variant}": round(l0, 2) for variant, (l0, _, _) in at.items()}
-            for variant in ("Standard", "Gated"):
-                _, gamma, fvu = at[variant]
-                row |= {f"γ {variant}": round(gamma, 3), f"FVU {variant}": round(fvu, 3)}
-            rows.append(row | ratios)
+    allowed = {(1 - level) * (ce["mean"] - ce["clean"]): level for level in levels}
+    for more, at, ratios in at_levels(added, SPLICED, allowed, ("gamma", "FVU")):
+        zero = 1 - more / (ce["zero"] - ce["clean"])
+        row = {"recovered, mean": allowed[more], "recovered, zero": round(zero, 3)}
+        row["CE"] = round(ce["clean"] + more, 3)
+        row |= {f"L0 {variant}": round(l0, 2) for variant, (l0, _, _) in at.items()}
+        for variant in ("Standard", "Gated"):
+            _, gamma, fvu = at[variant]
+            row |= {f"γ {variant}": round(gamma, 3), f"FVU {variant}": round(fvu, 3)}
+        rows.append(row | ratios)
     return rows
 
 
@@ -206,14 +192,10 @@ def verdict(found: dict) -> str:
         return "The kinds share no level of CE, so they cannot be compared: train for longer."
 
     def against(variant):
-        ratios = [row[f"{variant} / Gated"] for row in rows]
-        if min(ratios) > 1:
-            who = "Gated is ahead"
-        elif max(ratios) < 1:
-            who = "Gated is behind"
-        else:
-            who = "neither is ahead at every level"
-        return f"{variant} has {min(ratios):.2f} to {max(ratios):.2f} times its L0 ({who})"
+        ratios = sorted(row[f"{variant} / Gated"] for row in rows)
+        mixed = "neither is ahead at every level"
+        who = "Gated is ahead" if ratios[0] > 1 else "Gated is behind" if ratios[-1] < 1 else mixed
+        return f"{variant} has {ratios[0]:.2f} to {ratios[-1]:.2f} times its L0 ({who})"
 
     least, most = rows[0]["recovered, mean"], rows[-1]["recovered, mean"]
     return (

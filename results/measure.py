@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import gated_sae
-from gated_sae import SAE, GatedSAE, StandardSAE
+from gated_sae import SAE, GatedSAE, SoftCutoffSAE, StandardSAE, to_jumprelu
 from toy_data import SuperpositionData, zipf
 
 RESULTS = Path(__file__).parent
@@ -23,8 +23,6 @@ def read(name: str, folder: Path = RESULTS):
     """What was measured: "pareto", "claims", "runs" or "language"."""
     return json.loads((folder / f"{name}.json").read_text())
 
-
-# -- Worlds ----------------------------------------------------------------------------------------
 
 WORLDS = ("plain", "Zipf, correlated", "hierarchical")
 
@@ -39,17 +37,6 @@ def world(name: str, seed: int) -> SuperpositionData:
     p = 4 / (32 * 1.75)
     parents = [-1] * 32 + [i // 3 for i in range(96)]
     return SuperpositionData(32, 128, firing=[p] * 32 + [p / 4] * 96, parents=parents, seed=seed)
-
-
-def side_by_side(worlds: list[SuperpositionData], seed: int, batch=256) -> Iterator[Tensor]:
-    """For a stack over seeds, each on a world of its own: (seeds, batch, d_in)."""
-    streams = [data.batches(batch, seed + i) for i, data in enumerate(worlds)]
-    return map(torch.stack, zip(*streams, strict=True))
-
-
-# -- Recipes, and SAEs made by them ----------------------------------------------------------------
-
-METRICS = "l0", "fvu", "gamma", "dead_fraction"
 
 
 class Recipe(NamedTuple):
@@ -80,9 +67,7 @@ EVIDENCE = {
     "rescale & shift, decoder too": Recipe(StandardSAE, (0.2, 2.4), finish=rescaled(True)),
     "natural b_mag": Recipe(gated_sae.NaturalGatedSAE, (0.6, 4.8)),
     "log penalty": Recipe(StandardSAE, (0.3, 2.0), {"penalty": "log"}),
-    "soft cutoff": Recipe(
-        gated_sae.SoftCutoffSAE, LOW, finish=lambda sae, refit: gated_sae.to_jumprelu(sae)
-    ),
+    "soft cutoff": Recipe(SoftCutoffSAE, LOW, finish=lambda sae, refit: to_jumprelu(sae)),
     "JumpReLU": Recipe(gated_sae.JumpReLUSAE, (0.05, 0.6)),
 }
 
@@ -95,8 +80,7 @@ def trained(recipe, stream, l1, steps, *, d_in=32, seed=0, lr=1e-2, what=None, *
     steps; at the paper's 3e-4, made for language models, not in tens of thousands.
     """
     generator = torch.Generator().manual_seed(seed)
-    at_start = {"stack": l1.shape, "generator": generator} | recipe.options
-    sae = recipe.kind(d_in, recipe.d_sae, **at_start)
+    sae = recipe.kind(d_in, recipe.d_sae, stack=l1.shape, generator=generator, **recipe.options)
     recipe.prepare(sae, generator)
     options |= {"steps": steps, "lr": lr, "log_every": steps} | recipe.schedule
 
@@ -107,6 +91,9 @@ def trained(recipe, stream, l1, steps, *, d_in=32, seed=0, lr=1e-2, what=None, *
         return sae
 
     return recipe.finish(fit(sae, l1, 0), lambda sae: fit(sae, 0.0, 10_000))
+
+
+METRICS = "l0", "fvu", "gamma", "dead_fraction"
 
 
 def swept(recipe, stream, l1, steps, held_out, *, keys=METRICS, **options) -> Iterator[tuple]:
@@ -133,9 +120,6 @@ def gradient(sae: SAE, value: Tensor, name: str) -> Tensor:
     return grad
 
 
-# -- Comparisons -----------------------------------------------------------------------------------
-
-
 def spread(values) -> dict[str, float]:
     """Mean and standard error of one number per seed."""
     values = torch.tensor([float(value) for value in values], dtype=torch.float64)
@@ -153,10 +137,8 @@ def frontier(table: list[dict], variant: str) -> list[dict]:
 
 
 def at_fvu(table: list[dict], variant: str, fvu: float, keys=("gamma",)) -> tuple | None:
-    """(L0, γ) where a variant's frontier reaches an FVU, between two of its points, or None.
-
-    Log L0 and γ, or any other keys, are interpolated in log FVU.
-    """
+    """(L0, γ) where a variant's frontier reaches an FVU, or None: log L0, and γ or any other keys,
+    are interpolated in log FVU."""
     for left, right in itertools.pairwise(frontier(table, variant)):
         if left["fvu"] <= fvu <= right["fvu"] and right["l0"] > 0:
             t = math.log(fvu / left["fvu"]) / math.log(right["fvu"] / left["fvu"])
@@ -206,17 +188,13 @@ def mean_at_fvu(rows, variant, world_name="plain", fvu=0.2, keys=("gamma",)) -> 
 def means_over_seeds(rows: list[dict], variants=EVIDENCE) -> list[dict]:
     """A row for each data set, variant and λ."""
     groups = {}
-    for row in rows:
-        if row["variant"] in variants:
-            groups.setdefault((row["world"], row["variant"], row["l1"]), []).append(row)
+    for row in (row for row in rows if row["variant"] in variants):
+        groups.setdefault((row["world"], row["variant"], row["l1"]), []).append(row)
     return [
-        dict(zip(("data", "variant", "l1"), group, strict=True))
+        {"data": data, "variant": variant, "l1": l1}
         | {key: sum(row[key] for row in own) / len(own) for key in ("l0", "fvu", "gamma")}
-        for group, own in groups.items()
+        for (data, variant, l1), own in groups.items()
     ]
-
-
-# -- Tables and pictures ---------------------------------------------------------------------------
 
 
 def as_markdown(rows: list[dict]) -> str:

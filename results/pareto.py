@@ -28,11 +28,10 @@ def sweep(steps, seed=0, n_l1=10, batch=512) -> list[dict]:
     data = SuperpositionData(D_IN, N_FEATURES, firing=ACTIVE / N_FEATURES, seed=seed, device=device)
     held_out = list(itertools.islice(data.batches(1000, seed=seed + 10_000), 20))
     keys, table = (*METRICS[:3], "norm_ratio", "dead_fraction"), []
+    rows = lambda _: data.batches(batch, seed)  # noqa: E731
     for name, recipe in COMPARED.items():
-        l1 = recipe.strengths(n_l1)
-        options = dict(d_in=D_IN, seed=seed, keys=keys, what=name)
-        rows = lambda _: data.batches(batch, seed)  # noqa: E731
-        for at, _, row in swept(recipe, rows, l1, steps, held_out, **options):
+        l1, options = recipe.strengths(n_l1), {"d_in": D_IN, "seed": seed, "keys": keys}
+        for at, _, row in swept(recipe, rows, l1, steps, held_out, what=name, **options):
             start = {"variant": name, "d_sae": recipe.d_sae, "l1": round(l1[at].item(), 4)}
             table.append(start | row)
     return table

@@ -59,14 +59,14 @@ def standard(x, p, a=1.0, l1=1.0):
 
 
 def jumprelu(x, p, eps, a=1.0, l0=1.0):
-    """Losses and pseudo-gradients of a JumpReLU SAE, eqs. 11 and 12 of arXiv 2407.14435, for θ > 0.
+    """Losses and pseudo-gradients of a JumpReLU SAE, eqs. 11 and 12 of arXiv 2407.14435.
 
-    K is the rectangle, 1[|u| < 1/2]:
+    K is the rectangle, 1[|u| < 1/2]. A θ below 0 counts as 0, and yet has the gradients of 0:
 
         ∂ π 1[π > θ] / ∂θ  =  -θ/ε K((π - θ)/ε)        ∂ π 1[π > θ] / ∂π  =  1[π > θ]
         ∂   1[π > θ] / ∂θ  =  -1/ε K((π - θ)/ε)        ∂   1[π > θ] / ∂π  =  0
     """
-    n, theta = len(x), p["threshold"]
+    n, theta = len(x), np.maximum(p["threshold"], 0)
     xc = x - p["b_dec"]
     pi = xc @ p["W_enc"] + p["b_enc"]
     is_on = np.where(pi > theta, 1.0, 0.0)

@@ -41,7 +41,7 @@ seeds = st.integers(0, 2**32 - 1)
 variants = st.sampled_from(list(VARIANTS))
 scaling_variants = st.sampled_from(SCALING)
 gated_variants = st.sampled_from(["gated", "gated unfrozen", "gated without aux", "gated untied"])
-stacks = st.sampled_from([(), (2,)])
+stacks = st.sampled_from([(), (2, 3)])
 weights = st.floats(0.1, 3)  # of the terms of a loss
 sizes = st.tuples(st.integers(1, 6), st.integers(1, 9))  # d_in, d_sae
 

@@ -101,6 +101,7 @@ def test_rows_are_mixed_over_what_is_held_and_no_further():
     out, other = (torch.cat(list(gated_sae.shuffle(x.split(10), 10, 200, s))) for s in (0, 1))
     assert (out - x).abs().mean() > 30
     assert (x - out).min() >= -210  # never given out before it was read
+    assert out[:200].max() >= 200  # half of what is held stays
     assert not torch.equal(out, other)
 
 
@@ -160,7 +161,6 @@ def test_loss_recovered_with_both_ablations(model):
     clean, with_x, *both = (ce.item() for ce in ces)
     assert with_x == pytest.approx(clean)
     for ablated in both:
-        assert ablated > clean
         assert loss_recovered(with_x, clean, ablated) == pytest.approx(1)
         assert loss_recovered(ablated, clean, ablated) == 0
 

@@ -1,8 +1,6 @@
 """Section 8: γ and what it is not, and metrics over a stream."""
 
-import itertools
 import math
-import weakref
 
 import numpy as np
 import pytest
@@ -10,57 +8,54 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from random_saes import VARIANTS, assert_equal, random_batch, random_sae, seeds, sizes, variants
+from random_saes import VARIANTS, assert_equal, member, random_batch, random_sae, seeds, sizes
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from gated_sae import (
-    GatedSAE,
-    Moments,
-    StandardSAE,
-    evaluate,
-    moments,
-    relative_reconstruction_bias,
-)
-
-batches = st.tuples(st.integers(1, 5), st.integers(1, 4)).flatmap(
-    lambda shape: arrays(np.float64, shape, elements=st.floats(-10, 10, width=32))
-)
-factors = st.floats(0.05, 20)
-
-
-def pairs():
-    """x and x̂ of one shape, with E[x̂·x], E‖x‖² and E‖x̂‖² away from 0."""
-    both = st.tuples(st.integers(1, 5), st.integers(1, 4)).flatmap(
-        lambda shape: st.tuples(
-            *[arrays(np.float64, shape, elements=st.floats(-10, 10, width=32))] * 2
-        )
-    )
-    tensors = both.map(lambda pair: tuple(map(torch.from_numpy, pair)))
-    return tensors.filter(lambda pair: abs((pair[0] * pair[1]).sum()) > 1e-2)
+from gated_sae import GatedSAE, Moments, StandardSAE, evaluate, in_parts, moments
+from gated_sae import relative_reconstruction_bias as bias
 
 
 def mean_square(v):
     return v.square().sum(-1).mean()
 
 
-# -- S2, S3: gamma ---------------------------------------------------------------------------------
+factors = st.floats(0.05, 20)
+shapes = st.tuples(st.just(2), st.integers(1, 5), st.integers(1, 4))
+numbers = st.floats(-10, 10, width=32)
+# x and x̂, with E[x̂·x], and so E‖x‖² and E‖x̂‖², away from 0
+pairs = shapes.flatmap(lambda shape: arrays(np.float64, shape, elements=numbers))
+pairs = pairs.map(torch.from_numpy).filter(lambda pair: abs((pair[0] * pair[1]).sum()) > 1e-2)
 
 
-@given(pairs(), st.floats(-1, 1).filter(lambda d: abs(d) > 1e-3))
-def test_gamma_is_the_argmin(pair, nudge):
-    """S2: the closed form beats every perturbed g."""
-    x, x_hat = pair
-    cost = lambda g: mean_square(x_hat / g - x).item()  # noqa: E731
-    g = relative_reconstruction_bias(x, x_hat).item()
-    assert cost(g) <= cost(g * (1 + nudge) if nudge != -1 else 2 * g) * (1 + 1e-9) + 1e-12
+# -- S2 to S5: γ and the two factors ---------------------------------------------------------------
+
+ERRORS = {  # what is least where g is this
+    "gamma": lambda x, x_hat, g: x_hat / g - x,
+    "factor_on_x_hat": lambda x, x_hat, g: g * x_hat - x,
+    "factor_on_x": lambda x, x_hat, g: x_hat - g * x,
+}
 
 
-@given(batches, factors)
-def test_gamma_of_a_rescaled_input_is_the_scale(x, c):
-    """S2: γ(x, c x) = c, and so γ = 1 at zero shrinkage."""
-    x = torch.from_numpy(x)
-    assume(mean_square(x) > 1e-3)
-    assert relative_reconstruction_bias(x, c * x).item() == pytest.approx(c)
-    assert relative_reconstruction_bias(x, x).item() == pytest.approx(1)
+@pytest.mark.parametrize("name", ERRORS)
+@given(pairs, st.floats(-1, 1))
+def test_gamma_and_the_factors_are_argmins(name, pair, nudge):
+    """S2, S4 and the other side of S5: the closed form beats every perturbed g."""
+    cost = lambda g: mean_square(ERRORS[name](*pair, g))  # noqa: E731
+    best = getattr(moments(*pair), name)
+    for other in (best + nudge, best * (1 + nudge)):
+        assume(other != 0)
+        assert cost(best) <= cost(other) * (1 + 1e-9) + 1e-12
+
+
+@given(pairs, factors)
+def test_gamma_and_the_factors_of_a_rescaled_input_are_the_scale(pair, c):
+    """S2: γ(x, c x) = c, and so γ = 1 at zero shrinkage. There, the factors are reciprocal."""
+    x, _ = pair
+    m = moments(x, c * x)
+    assert bias(x, c * x).item() == pytest.approx(c)
+    assert bias(x, x).item() == pytest.approx(1)
+    assert m.factor_on_x.item() == pytest.approx(c)
+    assert m.factor_on_x_hat.item() == pytest.approx(1 / c)
 
 
 @given(st.integers(2, 6), st.integers(1, 4), seeds, factors)
@@ -68,69 +63,33 @@ def test_gamma_is_one_when_the_error_is_orthogonal_to_the_reconstruction(n, d, s
     """S2: however large the error, and on average only: single rows may be far from orthogonal."""
     x_hat, error = random_batch(2, n, d, seed=seed)
     error -= (error * x_hat).sum() / x_hat.square().sum() * x_hat
-    assert relative_reconstruction_bias(x_hat + size * error, x_hat).item() == pytest.approx(1)
+    assert bias(x_hat + size * error, x_hat).item() == pytest.approx(1)
 
 
-@given(pairs())
+@given(pairs)
 def test_gamma_from_three_logged_numbers(pair):
-    """S3."""
+    """S3. They may be floats."""
     x, x_hat = pair
     m = Moments.from_norms(mean_square(x), mean_square(x_hat), mean_square(x - x_hat))
     assert_equal(m.dot, moments(x, x_hat).dot, rtol=1e-6, atol=1e-9)
-    assert m.gamma.item() == pytest.approx(relative_reconstruction_bias(x, x_hat).item(), rel=1e-6)
+    assert m.gamma.item() == pytest.approx(bias(x, x_hat).item(), rel=1e-6)
+    assert Moments.from_norms(1.0, 0.25, 0.25).gamma.item() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("x_hat", [torch.zeros(2, 2), torch.tensor([[0.0, 1.0], [1.0, 0.0]])])
-def test_gamma_is_refused_where_it_is_undefined(x_hat):
-    with pytest.raises(ValueError, match="undefined"):
-        relative_reconstruction_bias(torch.eye(2), x_hat)
-    assert not moments(torch.eye(2), x_hat).gamma.isfinite()
-
-
-# -- S4, S5: the two factors -----------------------------------------------------------------------
-
-
-@given(pairs(), st.floats(-1, 1))
-def test_the_two_factors_are_argmins(pair, nudge):
-    """S4 and the other side of S5."""
-    x, x_hat = pair
-    m = moments(x, x_hat)
-    on_x, on_x_hat = m.factor_on_x, m.factor_on_x_hat
-    assert mean_square(x_hat - on_x * x) <= mean_square(x_hat - (on_x + nudge) * x) + 1e-9
-    assert mean_square(on_x_hat * x_hat - x) <= mean_square((on_x_hat + nudge) * x_hat - x) + 1e-9
-
-
-@given(pairs())
-def test_the_factor_on_x_is_the_projection_of_the_whole_batch(pair):
-    """S4: a ratio of means; what is left of x̂ is orthogonal to x."""
-    x, x_hat = pair
-    rest = x_hat - moments(x, x_hat).factor_on_x * x
-    assert abs((rest * x).sum()) < 1e-8 * (1 + (x_hat * x).abs().sum())
-
-
-@given(pairs())
+@given(pairs)
 def test_the_factors_are_not_reciprocal(pair):
     """S5: their product is the squared cosine, 1 for collinear batches and below 1 for others."""
     x, x_hat = pair
-    m = moments(x, x_hat)
-    a, b = x.flatten(), x_hat.flatten()
+    m, a, b = moments(x, x_hat), x.flatten(), x_hat.flatten()
     cosine = (a @ b / a.norm() / b.norm()).item()
     product = (m.factor_on_x * m.factor_on_x_hat).item()
     assert product == pytest.approx(cosine**2)
     assert m.cosine_squared.item() == pytest.approx(product)
     assert 0 < product <= 1 + 1e-12
-    sine = ((b - (a @ b) / (a @ a) * a).norm() / b.norm()).item()
-    assert (product < 1) or sine < 1e-7
+    rest = b - m.factor_on_x * a  # S4: of the whole batch, what is left is orthogonal to x
+    assert abs(rest @ a) < 1e-8 * (1 + (a * b).abs().sum())
+    assert product < 1 or rest.norm() / b.norm() < 1e-7
     assert m.factor_on_x_hat.item() == pytest.approx(1 / m.gamma.item())
-
-
-@given(batches, factors)
-def test_collinear_factors_are_reciprocal(x, c):
-    x = torch.from_numpy(x)
-    assume(mean_square(x) > 1e-3)
-    m = moments(x, c * x)
-    assert m.factor_on_x.item() == pytest.approx(c)
-    assert m.factor_on_x_hat.item() == pytest.approx(1 / c)
 
 
 @given(st.floats(1e-6, 1e-2))
@@ -147,122 +106,92 @@ def test_nearly_perpendicular_vectors_send_both_factors_to_zero(angle):
 
 
 def test_the_first_preprints_formula_on_its_own_example():
-    """S6: at x = 1, x̂ = 1/2 it gave 1/√3; γ is 1/2."""
-    m = moments(torch.tensor([[1.0]]), torch.tensor([[0.5]]))
-    assert m.gamma_v1.item() == pytest.approx(1 / math.sqrt(3))
-    assert m.gamma.item() == pytest.approx(1 / 2)
+    """S6: at x = 1, x̂ = 1/2 it gave 1/√3; γ is 1/2. At x̂ = 3, it has no value."""
+    m = moments(torch.tensor([[1.0]]), torch.tensor([[[0.5]], [[3.0]]]))
+    assert m.gamma_v1[0].item() == pytest.approx(1 / math.sqrt(3))
+    assert m.gamma.tolist() == pytest.approx([1 / 2, 3])
+    assert not m.gamma_v1[1].isfinite()
 
 
-@given(pairs(), st.floats(0.1, 1.8))
-def test_the_first_preprints_formula_agrees_only_at_gamma_one(pair, gamma):
-    """S6: γ_v1 = √(γ / (2 - γ)). Both are 1 together; elsewhere they part."""
+@given(pairs, st.floats(0.1, 1.8))
+def test_the_first_preprints_formula_and_the_norm_ratio_are_not_gamma(pair, gamma):
+    """S6: γ_v1 = √(γ / (2 - γ)). Both are 1 together; elsewhere they part.
+
+    S7: rescaled so that γ = 1, x̂ is still shorter than x, by the squared cosine.
+    """
     x, x_hat = pair
-    unbiased = x_hat / relative_reconstruction_bias(x, x_hat)
-    assert moments(x, unbiased).gamma_v1.item() == pytest.approx(1, rel=1e-6)
+    unbiased = x_hat / bias(x, x_hat)
+    m = moments(x, unbiased)
+    assert m.gamma.item() == pytest.approx(1)
+    assert m.gamma_v1.item() == pytest.approx(1, rel=1e-6)
+    assert m.norm_ratio.item() == pytest.approx(m.cosine_squared.item())
+    assert m.norm_ratio <= 1 + 1e-9
     m = moments(x, gamma * unbiased)
+    assert m.norm_ratio.item() == pytest.approx(mean_square(m.gamma * unbiased) / mean_square(x))
     assert m.gamma.item() == pytest.approx(gamma)
     assert m.gamma_v1.item() == pytest.approx(math.sqrt(gamma / (2 - gamma)), rel=1e-6)
     assert abs(m.gamma_v1 - m.gamma) >= 0.15 * (gamma - 1) ** 2 - 1e-6
 
 
-def test_the_first_preprints_formula_is_undefined_where_the_error_is_larger_than_x():
-    m = moments(torch.tensor([[1.0]]), torch.tensor([[3.0]]))
-    assert not m.gamma_v1.isfinite()
+def test_moments_are_ratios_of_means_that_half_precision_does_not_overflow():
+    """The long row decides. The mean of ratios would be 1.25, and squares would be infinite."""
+    x, x_hat = torch.tensor([[1000.0], [100.0]]).half(), torch.tensor([[500.0], [200.0]]).half()
+    assert moments(x, x_hat).factor_on_x.item() == pytest.approx(52 / 101)
 
 
-def test_half_precision_moments_do_not_overflow():
-    x = random_batch(64, 1000, seed=0).mul(100).half()
-    assert relative_reconstruction_bias(x, 0.5 * x).item() == pytest.approx(0.5, rel=1e-3)
-
-
-def test_moments_from_logged_floats():
-    assert Moments.from_norms(1.0, 0.25, 0.25).gamma.item() == pytest.approx(0.5)
-
-
-@given(pairs())
-def test_the_norm_ratio_of_an_unbiased_reconstruction_is_below_one(pair):
-    """S7: rescaled so that γ = 1, x̂ is still shorter than x, by the squared cosine."""
-    x, x_hat = pair
-    m = moments(x, x_hat / relative_reconstruction_bias(x, x_hat))
-    assert m.gamma.item() == pytest.approx(1)
-    assert m.norm_ratio.item() == pytest.approx(m.cosine_squared.item())
-    assert m.norm_ratio <= 1 + 1e-9
-
-
-@pytest.mark.parametrize(
-    "shapes", [((3, 4), (3, 5)), ((3, 4), (2, 4)), ((2, 3, 4), (3, 4)), ((0, 4), (0, 4))]
-)
-def test_moments_refuse_batches_that_do_not_match(shapes):
-    with pytest.raises(ValueError, match="expected one"):
-        moments(*map(torch.zeros, shapes))
+def test_gamma_is_refused_where_one_member_has_none_and_shapes_where_they_differ():
+    x = torch.eye(2)
+    for x_hat in (0 * x, x.flip(0), torch.stack([x, 0 * x])):
+        with pytest.raises(ValueError, match="undefined"):
+            bias(x, x_hat)
+        assert not moments(x, x_hat).gamma.isfinite().all()
+    for shapes in (((3, 4), (3, 5)), ((3, 4), (2, 4)), ((2, 3, 4), (3, 4)), ((0, 4), (0, 4))):
+        with pytest.raises(ValueError, match="expected one"):
+            moments(*map(torch.zeros, shapes))
 
 
 # -- evaluate --------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def by_hand(sae, x):
-    f, x_hat = sae.encode(x), sae(x)
-    m = moments(x, x_hat)
+    f, x_hat, m = sae.encode(x), sae(x), moments(x, sae(x))
+    scale = "gamma", "norm_ratio", "cosine_squared", "factor_on_x", "factor_on_x_hat"
     fires = (f > 0).double()
-    return dict(
-        l0=fires.sum(-1).mean(-1),
-        l1_norm=f.abs().sum(-1).mean(-1),
-        fvu=(x - x_hat).square().sum((-1, -2))
-        / (x - x.mean(-2, keepdim=True)).square().sum((-1, -2)),
-        gamma=m.gamma,
-        norm_ratio=m.norm_ratio,
-        cosine_squared=m.cosine_squared,
-        factor_on_x=m.factor_on_x,
-        factor_on_x_hat=m.factor_on_x_hat,
-        dead_fraction=(fires.sum(-2) == 0).double().mean(-1),
-        firing_frequency=fires.mean(-2),
+    return {name: getattr(m, name) for name in scale} | dict(
+        fvu=(x - x_hat).square().sum() / (x - x.mean(0)).square().sum(),
+        l0=fires.sum(-1).mean(),
+        l1_norm=f.abs().sum(-1).mean(),
+        dead_fraction=(fires.sum(0) == 0).double().mean(),
+        firing_frequency=fires.mean(0),
     )
 
 
-@given(
-    variants,
-    sizes,
-    seeds,
-    st.sampled_from([(), (3,)]),
-    st.lists(st.integers(1, 6), min_size=1, max_size=5),
-)
-def test_a_stream_is_worth_its_rows_however_it_is_cut(variant, size, seed, stack, lengths):
+cuts = st.lists(st.integers(1, 6), min_size=1, max_size=5)
+streams = st.tuples(st.sampled_from([(), (3,)]), st.booleans(), cuts)
+
+
+@given(st.sampled_from([*VARIANTS]), sizes, seeds, streams)
+def test_a_stream_is_worth_its_rows_however_it_is_cut(variant, size, seed, stream):
+    """And a stack its members, with one stream for all or one for each."""
+    stack, own, lengths = stream
     sae = random_sae(variant, size, seed, stack=stack)
-    x = 100 + random_batch(sum(lengths) + 1, size[0], seed=seed)  # a mean far from zero
-    metrics = evaluate(sae, x.split([*lengths, 1]))
-    assert metrics.n_rows == len(x)
+    shape = (*(stack if own else ()), sum(lengths) + 1, size[0])
+    x = 100 + random_batch(*shape, seed=seed)  # a mean far from zero
+    metrics = evaluate(sae, x.split([*lengths, 1], -2))
+    assert metrics.n_rows == shape[-2]
     scalars = [value for name, value in vars(metrics).items() if name != "n_rows"]
     assert {value.shape for value in scalars} == {stack, (*stack, size[1])}
-    expected = {name: value.detach() for name, value in by_hand(sae, x).items()}
-    assert_equal({name: getattr(metrics, name) for name in expected}, expected)
-
-
-def test_evaluate_takes_a_batch_for_each_member():
-    sae = random_sae("gated", (4, 8), 0, stack=2)
-    x = random_batch(2, 10, 4, seed=0)
-    measured = evaluate(sae, x.split(5, dim=1))
-    for i in range(2):
-        single = random_sae("gated", (4, 8), 0)
-        single.load_state_dict({name: value[i] for name, value in sae.state_dict().items()})
-        own = evaluate(single, [x[i]])
-        for name in ("l0", "fvu", "gamma", "firing_frequency"):
-            assert_equal(getattr(measured, name)[i], getattr(own, name))
-
-
-def test_the_metrics_of_a_stream_are_ratios_of_means():
-    """One long row and one short one, reconstructed at different scales: the long one decides."""
-    x, x_hat = torch.tensor([[10.0], [1.0]]), torch.tensor([[5.0], [2.0]])
-    assert moments(x, x_hat).factor_on_x.item() == pytest.approx(52 / 101)
-    assert (x_hat / x).mean().item() == pytest.approx(1.25)
+    assert not any(value.requires_grad for value in scalars)
+    for i in np.ndindex(stack):
+        expected = by_hand(member(sae, i), x[i] if own else x)
+        assert_equal({name: getattr(metrics, name)[i] for name in expected}, expected)
 
 
 def test_the_variance_of_data_far_from_zero_is_exact():
     """FVU with a mean 10^6 standard deviations away: sums of squares would hold few digits."""
-    sae = StandardSAE(3, 2, dtype=torch.float64)
-    noise = random_batch(1000, 3, seed=0)
-    with torch.no_grad():
-        sae.b_dec.fill_(1e6)
-        sae.b_enc.fill_(-1e9)  # never fires: x̂ = b_dec
+    sae, noise = StandardSAE(3, 2, dtype=torch.float64), random_batch(1000, 3, seed=0)
+    sae.b_dec.data.fill_(1e6), sae.b_enc.data.fill_(-1e9)  # never fires: x̂ = b_dec
     fvu = evaluate(sae, (1e6 + noise).split(100)).fvu.item()
     expected = mean_square(noise) / mean_square(noise - noise.mean(0))
     assert fvu == pytest.approx(expected.item(), rel=1e-6)
@@ -270,75 +199,25 @@ def test_the_variance_of_data_far_from_zero_is_exact():
 
 def test_a_dead_sae_is_reported_not_hidden():
     sae = GatedSAE(3, 5, stack=2)
-    with torch.no_grad():
-        sae.b_gate[0] = -1e9
-    x = random_batch(10, 3, seed=0).float()
-    measured = evaluate(sae, [x])
-    gamma = measured.gamma
-    assert measured.dead_fraction[0] == 1
-    assert measured.l0[0] == 0
-    assert gamma[0].isnan()
-    assert gamma[1].isfinite()
-
-
-def test_constant_data_has_no_variance_to_explain():
-    assert not evaluate(GatedSAE(3, 5), [torch.full((7, 3), 0.1)] * 3).fvu.isfinite()
+    sae.b_gate.data[0] = -1e9
+    measured = evaluate(sae, [random_batch(10, 3, seed=0).float()])
+    assert (measured.dead_fraction[0], measured.l0[0]) == (1, 0)
+    assert measured.gamma.isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_zero_batch_is_reported(variant):
-    measured = evaluate(VARIANTS[variant](3, 5), [torch.zeros(4, 3)])
-    assert not measured.gamma.isfinite()
-    assert measured.l0 == (5 if variant == "soft cutoff" else 0)  # it is never exactly zero
-
-
-def test_evaluate_leaves_the_sae_as_it_was():
-    sae = GatedSAE(3, 5)
-    before = {name: value.clone() for name, value in sae.state_dict().items()}
-    evaluate(sae, [random_batch(10, 3, seed=0).float()])
-    assert_equal(before, dict(sae.state_dict()), rtol=0, atol=0)
-    assert all(p.grad is None for p in sae.parameters())
-
-
-@pytest.mark.parametrize(
-    ("batches", "error", "says"),
-    [
-        ([], ValueError, "empty"),
-        (torch.zeros(5, 3), ValueError, r"batch 0 is .*\(3,\), expected .*\(batch ≥ 1, 3\)"),
-        (
-            [torch.zeros(2, 5, 3)],
-            ValueError,
-            r"batch 0 is .*\(2, 5, 3\), expected .*\(batch ≥ 1, 3\)",
-        ),
-        ([torch.zeros(5, 3), torch.zeros(5, 4)], ValueError, r"batch 1 is .*\(5, 4\)"),
-        ([torch.zeros(5, 3, dtype=torch.long)], TypeError, "batch 0 is .*int64"),
-        ([[1.0, 2.0, 3.0]], TypeError, "batch 0 is list"),
-        (
-            itertools.chain(
-                [torch.ones(5, 3)], [torch.tensor([[0.0] * 3, [0, math.inf, 0], [math.nan] * 3])]
-            ),
-            ValueError,
-            "batch 1 has NaN or infinity in 2 of 3 rows, first in row 1",
-        ),
-    ],
-)
-def test_bad_streams_are_named(batches, error, says):
-    with pytest.raises(error, match=says):
-        evaluate(GatedSAE(3, 5), batches)
-
-
-def test_gamma_of_a_stack_is_refused_if_one_member_has_none():
-    x = torch.ones(2, 3)
-    with pytest.raises(ValueError, match="undefined"):
-        relative_reconstruction_bias(x, torch.stack([x, torch.zeros(2, 3)]))
+def test_data_without_length_or_variance_is_reported(variant):
+    sae = VARIANTS[variant](3, 5)
+    zero, constant = (evaluate(sae, [torch.full((7, 3), value)] * 3) for value in (0.0, 0.1))
+    assert not zero.gamma.isfinite()
+    assert zero.l0 == (5 if variant == "soft cutoff" else 0)  # it is never exactly zero
+    assert not constant.fvu.isfinite()
 
 
 def test_the_faintest_and_rarest_firing_counts():
     """One latent fires on one of 1000 rows, at 1e-12: it is not dead, and L0 is 1/1000."""
     sae = StandardSAE(1, 2, dtype=torch.float64)
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.tensor([[1.0, 0.0]]))
-        sae.b_enc.copy_(torch.tensor([-1.0, -1.0]))
+    sae.W_enc.data, sae.b_enc.data = torch.eye(1, 2).double(), -torch.ones(2).double()
     x = torch.zeros(1000, 1, dtype=torch.float64)
     x[17] = 1 + 1e-12
     measured = evaluate(sae, x.split(100))
@@ -346,19 +225,22 @@ def test_the_faintest_and_rarest_firing_counts():
     assert measured.dead_fraction.item() == 0.5
 
 
-def test_evaluate_keeps_no_batch():
-    seen = []
+def test_evaluate_keeps_no_batch_and_leaves_the_sae_as_it_was():
+    sae, seen = GatedSAE(3, 5, dtype=torch.float64), []
 
     def batches():
         for seed in range(5):
-            x = random_batch(10, 3, seed=seed).float()
-            seen.append(weakref.ref(x))
+            x = random_batch(10, 3, seed=seed)
+            seen.append(StorageWeakRef(x.untyped_storage()))
             yield x
             del x
-            assert sum(ref() is not None for ref in seen) <= 1
+            assert sum(not ref.expired() for ref in seen) <= 1
 
-    evaluate(GatedSAE(3, 5), batches())
+    evaluate(sae, batches())
     assert len(seen) == 5
+    fresh = GatedSAE(3, 5, dtype=torch.float64)
+    assert_equal(sae.state_dict(), fresh.state_dict(), rtol=0, atol=0)
+    assert all(p.grad is None for p in sae.parameters())
 
 
 def test_sums_are_float64_also_for_float32_saes():
@@ -366,5 +248,33 @@ def test_sums_are_float64_also_for_float32_saes():
     x = random_batch(1000, 3, seed=0).float()
     measured = evaluate(sae, x.split(7))
     assert measured.l1_norm.dtype == measured.fvu.dtype == torch.float64
-    f = sae.encode(x).double()
-    assert measured.l1_norm.item() == pytest.approx(f.sum(-1).mean().item(), rel=1e-12)
+    l1_norm = sae.encode(x).double().sum(-1).mean().item()
+    assert measured.l1_norm.item() == pytest.approx(l1_norm, rel=1e-12)
+
+
+@pytest.mark.parametrize(("d_sae", "lengths"), [(2**20, [4, 4, 2]), (2**24, [1] * 10), (8, [10])])
+def test_parts_of_a_batch_hold_64_mb_of_coefficients_or_one_row(d_sae, lengths):
+    sae = StandardSAE(2, d_sae, stack=4, device="meta")
+    for x in (torch.zeros(10, 2), torch.zeros(4, 10, 2)):
+        assert [part.shape[-2] for part in in_parts(sae, x)] == lengths
+
+
+ONES, ODD = torch.ones(5, 3), torch.zeros(4, 3)
+ODD[2, 1], ODD[3] = math.inf, math.nan
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "says"),
+    [
+        ([], ValueError, "empty"),
+        (ONES, ValueError, r"batch 0 is .*\(3,\), expected .*\(batch ≥ 1, 3\)"),
+        ([torch.ones(2, 5, 3)], ValueError, r"0 is .*\(2, 5, 3\), expected .*\(batch ≥ 1, 3\)"),
+        ([ONES, torch.ones(5, 4)], ValueError, r"batch 1 is .*\(5, 4\)"),
+        ([ONES.long()], TypeError, "batch 0 is .*int64"),
+        ([[1.0, 2.0, 3.0]], TypeError, "batch 0 is list"),
+        ([ONES, ODD], ValueError, "batch 1 has NaN or infinity in 2 of 4 rows, first in row 2"),
+    ],
+)
+def test_bad_streams_are_named(batches, error, says):
+    with pytest.raises(error, match=says):
+        evaluate(GatedSAE(3, 5), batches)

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,9 @@ if CHROMIUM is None:
     pytest.skip("chromium is not installed", allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent
-FLAGS = [
-    *("--no-sandbox", "--disable-background-networking", "--disable-component-update"),
-    *("--disable-sync", "--no-first-run", "--disable-quic"),
-]
-PICTURES = [
-    *("world", "shrink", "gate", "naive", "aux", "tied", "norms", "gamma", "frontier"),
-    *("jump", "recovered"),
-]
+FLAGS = "--no-sandbox --disable-background-networking --disable-component-update --disable-sync"
+FLAGS = [*FLAGS.split(), "--no-first-run", "--disable-quic"]
+PICTURES = "world shrink gate naive aux tied norms gamma frontier jump recovered"
 SECONDS = 30_000  # of patience, in milliseconds
 
 
@@ -35,17 +31,10 @@ def address():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "marimo", "run", "explainer.py", "--headless", "--no-token"]
-    server = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port)],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    for line in server.stdout:
-        if "URL" in line:
-            break
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    server = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    next(line for line in server.stdout if "URL" in line)
     yield f"http://127.0.0.1:{port}"
     server.terminate()
     server.communicate(timeout=20)
@@ -58,19 +47,10 @@ def page(address):
         browser = browsers.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.complaints = []
-        page.on(
-            "console",
-            lambda m: page.complaints.append(m.text) if m.type == "error" else None,
-        )
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.on(
-            "request",
-            lambda r: (
-                None
-                if r.url.startswith((address, "data:", "blob:"))
-                else page.complaints.append(f"asked for {r.url}")
-            ),
-        )
+        said, known = page.complaints.append, (address, "data:", "blob:")
+        page.on("console", lambda m: m.type == "error" and said(m.text))
+        page.on("pageerror", lambda error: said(str(error)))
+        page.on("request", lambda r: r.url.startswith(known) or said(f"asked for {r.url}"))
         page.goto(address)
         for last in ("live_latents", "jump_picture", "claims_table"):  # those that run last
             playwright.expect(cell(page, last)).to_be_visible(timeout=2 * SECONDS)
@@ -80,6 +60,11 @@ def page(address):
 
 def cell(page, name):
     return page.locator(f"[data-cell-name={name}]")
+
+
+def marks(page, name):
+    """The picture in a cell."""
+    return cell(page, name).locator("svg.marks, canvas.marks").first
 
 
 def shown(page, name, text):
@@ -100,18 +85,20 @@ def words(page, name):
 
 def drawn(page, name):
     """What a picture looks like now."""
-    return cell(page, name).locator("svg.marks, canvas.marks").first.screenshot()
+    return marks(page, name).screenshot()
 
 
 def test_every_section_and_picture_is_there(page):
     headings = page.locator("h2").all_inner_texts()
     numbers = [int(text.split("·")[0]) for text in headings if "·" in text]
     assert numbers == list(range(1, 13))
-    for name in PICTURES:
-        picture = cell(page, f"{name}_picture")
-        playwright.expect(picture.locator("svg.marks, canvas.marks").first).to_be_visible()
-        assert len(picture.locator("em").first.inner_text()) > 60, f"{name} has no caption"
-    for name in PICTURES:
+    for name in PICTURES.split():
+        playwright.expect(marks(page, f"{name}_picture")).to_be_visible()
+        caption = cell(page, f"{name}_picture").locator("em").first.inner_text()
+        assert len(caption) > 60, f"{name} has no caption"
+        described = cell(page, f"{name}_picture").locator("[aria-label]")  # for those who can't see
+        lengths = described.evaluate_all("all => all.map(e => e.getAttribute('aria-label').length)")
+        assert max(lengths) > 60, f"{name} is not described"
         shown(page, f"{name}_gist", "Predict first.")
         shown(page, f"{name}_feedback", "Choose an answer")
         shown(page, f"{name}_end", "Keep:")
@@ -123,16 +110,6 @@ def test_no_formula_is_broken_and_nothing_failed(page):
     text = page.locator("body").inner_text()
     assert "Traceback" not in text
     assert "$" not in text
-
-
-def test_pictures_are_described_to_those_who_cannot_see_them(page):
-    for name in PICTURES:
-        described = (
-            cell(page, f"{name}_picture")
-            .locator("[aria-label]")
-            .evaluate_all("found => found.map(e => e.getAttribute('aria-label'))")
-        )
-        assert max(map(len, described)) > 60, name
 
 
 @pytest.mark.parametrize(
@@ -157,26 +134,25 @@ def test_a_slider_moved_by_a_key_changes_its_picture(page, section, key, says):
 
 
 def test_the_language_model_is_there_and_its_baseline_can_be_changed(page):
-    picture = cell(page, "language_picture")
-    playwright.expect(picture.locator("svg.marks, canvas.marks").first).to_be_visible()
+    playwright.expect(marks(page, "language_picture")).to_be_visible()
     shown(page, "language_gist", "Predict first.")
     before = drawn(page, "recovered_picture")
     cell(page, "recovered_controls").get_by_role("radio").nth(1).click()
     page.wait_for_timeout(1500)
     assert drawn(page, "recovered_picture") != before
-    cell(page, "language_gist").get_by_role("radio").nth(1).click()
-    shown(page, "language_feedback", "No: about half.")
-    cell(page, "language_gist").get_by_role("radio").nth(0).click()
-    shown(page, "language_feedback", "Right.")
 
 
-def test_answers_get_their_feedback(page):
-    question = cell(page, "shrink_gist")
-    question.get_by_role("radio").nth(0).click()
-    shown(page, "shrink_feedback", "No: 1.6.")
-    question.get_by_role("radio").nth(1).click()
-    shown(page, "shrink_feedback", "Right.")
-    shown(page, "shrink_feedback", "λ/2 = 0.4")
+@pytest.mark.parametrize(
+    ("section", "wrong", "right", "says", "why"),
+    [("shrink", 0, 1, "1.6", "λ/2 = 0.4"), ("language", 1, 0, "about half", "The lead holds")],
+)
+def test_answers_get_their_feedback(page, section, wrong, right, says, why):
+    options = cell(page, f"{section}_gist").get_by_role("radio")
+    options.nth(wrong).click()
+    shown(page, f"{section}_feedback", f"No: {says}.")
+    options.nth(right).click()
+    shown(page, f"{section}_feedback", "Right.")
+    shown(page, f"{section}_feedback", why)
 
 
 def test_the_form_trains_and_an_sae_can_be_inspected(page):
@@ -184,9 +160,8 @@ def test_the_form_trains_and_an_sae_can_be_inspected(page):
     before, said = drawn(page, "live_frontier"), words(page, "live_latents")
     assert "latents fire on a row" in said
     cell(page, "live_form").get_by_role("button", name="Train").click()
-    for _ in range(300):
-        if words(page, "live_latents") != said:
-            break
+    until = time.monotonic() + 60
+    while words(page, "live_latents") == said and time.monotonic() < until:
         page.wait_for_timeout(200)
     assert words(page, "live_latents") != said
     page.wait_for_timeout(300)
@@ -196,7 +171,7 @@ def test_the_form_trains_and_an_sae_can_be_inspected(page):
 
 
 def test_a_click_on_a_point_inspects_its_sae(page):
-    chart = cell(page, "live_frontier").locator("svg.marks, canvas.marks").first
+    chart = marks(page, "live_frontier")
     box = chart.bounding_box()
     chart.click(position={"x": 0.1 * box["width"], "y": 0.15 * box["height"]})
     shown(page, "live_latents", "Gated, λ = 2.40")

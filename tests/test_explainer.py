@@ -37,6 +37,7 @@ def test_every_cell_runs():
 @pytest.mark.parametrize(("n", "says"), [(5, "five"), (3, "three")])
 def test_flatland_may_have_any_number_of_features(n, says):
     """One number in one place, and words and pictures follow."""
+    assert (ROOT / "explainer.py").read_text().count("n_features = 4") == 1
     shown, definitions = played(n_features=n)
     assert definitions["gated"].d_sae == n
     for words in (f"{says} features", f"{says} true directions", f"{says} gate biases"):
@@ -44,18 +45,9 @@ def test_flatland_may_have_any_number_of_features(n, says):
     assert "four" not in shown.lower()
 
 
-def test_flatlands_number_stands_in_one_place():
-    source = (ROOT / "explainer.py").read_text()
-    assert source.count("n_features = 4") == 1
-
-
-def test_the_title_is_what_an_editor_opens_at():
+def test_an_editor_opens_at_the_title_and_runs_the_cells():
     lines = (ROOT / "explainer.py").read_text().splitlines()
-    (title,) = (i for i, line in enumerate(lines) if line.strip() == "# Gated Sparse Autoencoders")
-    assert title < 60
-
-
-def test_edit_runs_the_cells_on_opening():
+    assert lines.index("    # Gated Sparse Autoencoders") < 60
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["marimo"]
     assert settings["runtime"]["auto_instantiate"] is True
 
@@ -93,27 +85,19 @@ def test_the_flow_of_gradients_has_its_exact_zeros():
     sae, _ = explainer.learn(gated_sae.GatedSAE, 4, [0.8], [5], 20)
     (sae,) = measure.members(sae)
     x = next(explainer.flatland(4).batches(500, seed=1))
-    flow = {
-        (cell["term"], cell["parameter"]): cell["norm"]
-        for cell in explainer.gradient_flow(sae, x, 0.8)
-    }
-    zeros = {key for key, norm in flow.items() if norm == 0}
+    zeros = {key for key, norm in explainer.gradient_flow(sae, x, 0.8).items() if norm == 0}
     silent = {(t, p) for t in ("λ L_sparsity", "L_aux") for p in ("r_mag", "b_mag", "W_dec")}
     assert zeros == silent | {("L_reconstruct", "b_gate")}
 
 
-def test_the_live_saes_do_not_start_at_the_truth():
-    _, saes = explainer.live_runs({"Gated": 40, "JumpReLU": 40}, 1, 0, n_l1=1)
-    true = explainer.small_world(0).dictionary
-    assert all((sae.W_dec @ true.T).amax(1).mean() < 0.9 for sae in saes)
-
-
-def test_the_members_of_a_live_run_are_those_of_its_rows():
-    rows, saes = explainer.live_runs({"Standard": 40, "rescale & shift": 40}, 3, 1, n_l1=2)
+def test_live_saes_are_those_of_their_rows_and_do_not_start_at_the_truth():
+    kinds = "Standard", "Gated", "JumpReLU", "rescale & shift"
+    rows, saes = explainer.live_runs([(kind, 40) for kind in kinds], 1, 1, n_l1=2)
     data = explainer.small_world(1)
     held_out = list(itertools.islice(data.batches(1000, 20_001), 5))
     for row, sae in zip(rows, saes, strict=True):
         assert gated_sae.evaluate(sae, held_out).l0.item() == pytest.approx(row["l0"], abs=1e-3)
+        assert (sae.W_dec @ data.dictionary.T).amax(1).mean() < 0.9
 
 
 def test_latents_that_are_the_truth_lose_nothing():
@@ -135,67 +119,64 @@ def test_a_click_wins_until_the_list_is_used():
 # -- Each computed sentence against the numbers it quotes ------------------------------------------
 
 
+TRUE = torch.tensor([0.2, 1.0, 2.0, 3.0])
+FOUND = {"Standard": TRUE / 2, "Gated": torch.tensor([0.0, 1.0, 2.0, 3.0])}
+HEARD = {("L_reconstruct", "W_dec"): 0.25, ("L_aux", "b_gate"): 0.5, ("L_aux", "b_dec"): 0.125}
+HEARD |= {("L_reconstruct", "b_gate"): 0.0, ("L_aux", "W_dec"): 0.0}
+ROW = {"variant": "Gated", "l1": 0.5, "l0": 2.04, "fvu": 0.1, "gamma": 1.0}
+LATENTS = [{"cosine": c, "share": s} for c, s in ((0.95, 0.5), (0.5, 0.7), (1.0, 0.6))]
+NORMS = "Norms live, aux frozen: after 200 steps|**2.09 times**|2.14 times|"
+SENTENCES = [
+    (("superposition", 50, [1.2, 30.4], 8, 12), "After **50** steps|1° to 30°|**8 of 12** starts"),
+    (
+        ("shrinkage", 0.8, TRUE, gated_sae.shrink(TRUE, 0.8)),
+        "λ/2 = **0.40**|took **0.40**|lies 0.00 from",
+    ),
+    (("shrinkage", 0.8, TRUE, (TRUE - 0.5).relu()), "took **0.50**"),
+    (
+        ("strengths", 0.6, TRUE, FOUND),
+        "λ = 0.6|**Standard 50%** and **Gated 100%**|on 100% and 75% of",
+    ),
+    (
+        ("dying", [0.0, 0.0], [0.04, 0.05], 0.5, 0.0, 200),
+        "**0, exactly**|0.04 to 0.05|from 0.50 to **0.00** in 200 steps",
+    ),
+    (
+        ("flow", HEARD, HEARD | {("L_aux", "W_dec"): 0.75}),
+        "hears 0 from|**0.5** from L_aux|**0.75**|with 0.25. Frozen, with **0**|b_dec: 0.12.",
+    ),
+    (("norms", "norms live, aux frozen", 0.1, 200, 2.09, 2.14), NORMS + "collapsed"),
+    (("norms", "norms live, aux frozen", 1.1, 200, 2.09, 2.14), NORMS + "stayed"),
+    (("norms", "norms live, aux frozen", 3.0, 200, 2.09, 2.14), NORMS + "swelled"),
+    (
+        ("two_vectors", 60, explainer.two_vectors(60, 0.5)),
+        "γ = **1.00**|1.00 x̂|is 0.25 x|**0.25**, the squared cosine of 60°|‖x‖² is 0.25.",
+    ),
+    (("latents", ROW, LATENTS), "**Gated, λ = 0.50**: 2.0 latents|2 of the 3 latents|**60%**"),
+]
+
+
+@pytest.mark.parametrize(("of", "says"), SENTENCES, ids=lambda of: of[0])
+def test_a_sentence_quotes_its_numbers(of, says):
+    sentence = getattr(explainer, f"{of[0]}_sentence")(*of[1:])
+    for part in says.split("|"):
+        assert part in sentence, part
+
+
 def test_answers_are_judged():
-    assert "Right." in explainer.feedback("a", "a", "because").text
-    wrong = explainer.feedback("b", "a", "because").text
-    assert "No: a." in wrong
-    assert "because" in wrong
-    assert "because" not in explainer.feedback(None, "a", "because").text
+    asked = explainer.ask("?", ["*a", "b"], "because")
+    assert "because" not in explainer.answer(asked).text
+    for option, verdict in (("a", "Right."), ("b", "No: a.")):
+        asked._update(option)
+        assert verdict in explainer.answer(asked).text
+        assert "because" in explainer.answer(asked).text
 
 
 def test_code_is_shown_as_it_stands():
-    assert "return F.relu(a - l1 / 2)" in gated_sae.__loader__.get_source("gated_sae")
+    source = explainer.inspect.getsource(gated_sae.shrink)
+    assert "return F.relu(a - l1 / 2)" in source
+    assert source in (ROOT / "gated_sae.py").read_text()
     assert "def" in explainer.source(gated_sae.shrink).text
-    assert explainer.inspect.getsource(gated_sae.shrink) in (ROOT / "gated_sae.py").read_text()
-
-
-def test_sentence_on_superposition():
-    sentence = explainer.superposition_sentence(50, [1.2, 30.4], 8, 12)
-    assert "After **50** steps" in sentence
-    assert "1° to 30°" in sentence
-    assert "**8 of 12** starts" in sentence
-
-
-def test_sentence_on_shrinkage():
-    true = torch.tensor([0.2, 1.0, 2.0, 3.0])
-    exact = explainer.shrinkage_sentence(0.8, true, gated_sae.shrink(true, 0.8))
-    assert "λ/2 = **0.40**" in exact
-    assert "took **0.40**" in exact
-    assert "lies 0.00 from" in exact
-    assert "took **0.50**" in explainer.shrinkage_sentence(0.8, true, (true - 0.5).relu())
-
-
-def test_sentence_on_strengths():
-    true = torch.tensor([1.0, 1.0, 2.0, 2.0])
-    found = {"Standard": true / 2, "Gated": torch.tensor([0.0, 1.0, 2.0, 2.0])}
-    sentence = explainer.strengths_sentence(0.6, true, found)
-    assert "λ = 0.6" in sentence
-    assert "**Standard 50%** and **Gated 100%**" in sentence
-    assert "on 100% and 75% of" in sentence
-
-
-def test_sentence_on_dying_gates():
-    sentence = explainer.dying_sentence([0.0, 0.0], [0.04, 0.05], 0.5, 0.0, 200)
-    assert "**0, exactly**" in sentence
-    assert "0.04 to 0.05" in sentence
-    assert "from 0.50 to **0.00** in 200 steps" in sentence
-
-
-def test_sentence_on_the_frozen_decoder():
-    terms, names = ("L_reconstruct", "L_aux"), ("b_gate", "W_dec", "b_dec")
-    values = {("L_reconstruct", "W_dec"): 0.25, ("L_aux", "b_gate"): 0.5, ("L_aux", "b_dec"): 0.125}
-    frozen, unfrozen = (
-        [
-            {"term": t, "parameter": p, "norm": (values | more).get((t, p), 0.0)}
-            for t in terms
-            for p in names
-        ]
-        for more in ({}, {("L_aux", "W_dec"): 0.75})
-    )
-    sentence = explainer.flow_sentence(frozen, unfrozen)
-    for part in ("hears 0 from", "**0.5** from L_aux", "**0.75**", "with 0.25. Frozen, with **0**"):
-        assert part in sentence, part
-    assert sentence.endswith("0.12.")
 
 
 @pytest.mark.parametrize(
@@ -210,50 +191,22 @@ def test_sentence_on_one_latent(b_gate, says):
     assert z.min() == -1.5
 
 
-@pytest.mark.parametrize(("norm", "says"), [(0.1, "collapsed"), (1.1, "stayed"), (3.0, "swelled")])
-def test_sentence_on_norms(norm, says):
-    sentence = explainer.norms_sentence("norms live, aux frozen", norm, 200, 2.09, 2.14)
-    assert sentence.startswith("Norms live, aux frozen: after 200 steps")
-    assert says in sentence
-    assert "**2.09 times**" in sentence
-    assert "2.14 times" in sentence
-
-
-def test_sentence_on_the_two_factors():
-    m = explainer.two_vectors(60, 0.5)
-    sentence = explainer.two_vectors_sentence(60, m)
-    for part in ("γ = **1.00**", "1.00 x̂", "is 0.25 x", "**0.25**, the squared cosine of 60°"):
-        assert part in sentence, part
-    assert sentence.endswith("is 0.25.")
-
-
 def test_trained_saes_lie_where_their_gamma_says():
     """Length over cosine is γ: Gated on the circle, Standard inside it."""
-    runs = measure.read("runs")
-    gamma = {k: c / math.cos(math.radians(d)) for k, d, c in explainer.typical(runs)}
+    typical = explainer.typical(measure.read("runs"))
+    gamma = {kind: length / math.cos(math.radians(turn)) for kind, turn, length in typical}
     assert gamma["Gated"] == pytest.approx(1, abs=0.02)
     assert gamma["Standard"] < 0.85
 
 
-def test_sentence_on_half_as_many():
-    runs = measure.read("runs")
-    claimed = measure.read("claims")
-    measured = {row["id"]: row["measured"] for row in claimed}
-    for name in ("plain", "Zipf, correlated", "hierarchical"):
-        sentence = explainer.frontier_sentence(runs, name)
-        ratio = measured["D4"][f"L0 Standard / Gated, {name}"]["mean"]
-        wide = measured["A9"][f"L0 Standard 1.5x / Gated, {name}"]["mean"]
-        assert f"**{ratio:.1f} times**" in sentence
-        assert f"wide {wide:.1f} times" in sentence
-
-
-def test_sentence_on_latents():
-    row = {"variant": "Gated", "l1": 0.5, "l0": 2.04, "fvu": 0.1, "gamma": 1.0}
-    latents = [{"cosine": c, "share": s} for c, s in ((0.95, 0.5), (0.5, 0.7), (1.0, 0.6))]
-    sentence = explainer.latents_sentence(row, latents)
-    assert "**Gated, λ = 0.50**: 2.0 latents" in sentence
-    assert "2 of the 3 latents" in sentence
-    assert "**60%**" in sentence
+@pytest.mark.parametrize("name", measure.WORLDS)
+def test_sentence_on_half_as_many(name):
+    sentence = explainer.frontier_sentence(measure.read("runs"), name)
+    measured = {row["id"]: row["measured"] for row in measure.read("claims")}
+    ratio = measured["D4"][f"L0 Standard / Gated, {name}"]["mean"]
+    wide = measured["A9"][f"L0 Standard 1.5x / Gated, {name}"]["mean"]
+    assert f"**{ratio:.1f} times**" in sentence
+    assert f"wide {wide:.1f} times" in sentence
 
 
 @pytest.mark.parametrize(("theta", "z"), [(0.5, 1.5), (1.0, 0.5), (0.0, 1.0)])
