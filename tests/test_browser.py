@@ -3,7 +3,6 @@
 Skipped where playwright or chromium is missing. One server and one page for the whole file.
 """
 
-import re
 import shutil
 import socket
 import subprocess
@@ -18,7 +17,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
     pytest.skip("chromium is not installed", allow_module_level=True)
 
-ROOT = Path(__file__).parent.parent
 FLAGS = "--no-sandbox --disable-background-networking --disable-component-update --disable-sync"
 FLAGS = [*FLAGS.split(), "--no-first-run", "--disable-quic"]
 PICTURES = "world shrink gate naive aux tied norms gamma frontier jump recovered"
@@ -27,13 +25,12 @@ SECONDS = 30_000  # of patience, in milliseconds
 
 @pytest.fixture(scope="module")
 def address():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "marimo", "run", "explainer.py", "--headless", "--no-token"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    server = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    server = subprocess.Popen(command, cwd=Path(__file__).parent.parent, text=True, **pipes)
     next(line for line in server.stdout if "URL" in line)
     yield f"http://127.0.0.1:{port}"
     server.terminate()
@@ -63,7 +60,7 @@ def cell(page, name):
 
 
 def marks(page, name):
-    """The picture in a cell."""
+    """The picture in a cell; its screenshot is what it looks like now."""
     return cell(page, name).locator("svg.marks, canvas.marks").first
 
 
@@ -83,15 +80,9 @@ def words(page, name):
     )
 
 
-def drawn(page, name):
-    """What a picture looks like now."""
-    return marks(page, name).screenshot()
-
-
 def test_every_section_and_picture_is_there(page):
-    headings = page.locator("h2").all_inner_texts()
-    numbers = [int(text.split("·")[0]) for text in headings if "·" in text]
-    assert numbers == list(range(1, 13))
+    headings = [text for text in page.locator("h2").all_inner_texts() if "·" in text]
+    assert [int(text.split("·")[0]) for text in headings] == list(range(1, 13))
     for name in PICTURES.split():
         playwright.expect(marks(page, f"{name}_picture")).to_be_visible()
         caption = cell(page, f"{name}_picture").locator("em").first.inner_text()
@@ -124,22 +115,21 @@ def test_no_formula_is_broken_and_nothing_failed(page):
     ],
 )
 def test_a_slider_moved_by_a_key_changes_its_picture(page, section, key, says):
-    before = drawn(page, f"{section}_picture")
+    before = marks(page, f"{section}_picture").screenshot()
     slider = cell(page, f"{section}_controls").get_by_role("slider").first
-    slider.focus()
     slider.press(key)
     shown(page, f"{section}_picture", says)
     page.wait_for_timeout(200)
-    assert drawn(page, f"{section}_picture") != before
+    assert marks(page, f"{section}_picture").screenshot() != before
 
 
 def test_the_language_model_is_there_and_its_baseline_can_be_changed(page):
     playwright.expect(marks(page, "language_picture")).to_be_visible()
     shown(page, "language_gist", "Predict first.")
-    before = drawn(page, "recovered_picture")
+    before = marks(page, "recovered_picture").screenshot()
     cell(page, "recovered_controls").get_by_role("radio").nth(1).click()
     page.wait_for_timeout(1500)
-    assert drawn(page, "recovered_picture") != before
+    assert marks(page, "recovered_picture").screenshot() != before
 
 
 @pytest.mark.parametrize(
@@ -157,7 +147,7 @@ def test_answers_get_their_feedback(page, section, wrong, right, says, why):
 
 def test_the_form_trains_and_an_sae_can_be_inspected(page):
     shown(page, "live_latents", "Standard, λ = 0.71")
-    before, said = drawn(page, "live_frontier"), words(page, "live_latents")
+    before, said = marks(page, "live_frontier").screenshot(), words(page, "live_latents")
     assert "latents fire on a row" in said
     cell(page, "live_form").get_by_role("button", name="Train").click()
     until = time.monotonic() + 60
@@ -165,7 +155,7 @@ def test_the_form_trains_and_an_sae_can_be_inspected(page):
         page.wait_for_timeout(200)
     assert words(page, "live_latents") != said
     page.wait_for_timeout(300)
-    assert drawn(page, "live_frontier") != before
+    assert marks(page, "live_frontier").screenshot() != before
     cell(page, "live_choice").locator("select").select_option(label="Gated, λ = 1.43")
     shown(page, "live_latents", "Gated, λ = 1.43")
 
@@ -179,6 +169,11 @@ def test_a_click_on_a_point_inspects_its_sae(page):
     shown(page, "live_latents", "JumpReLU, λ = 0.17")
 
 
+def test_folded_code_is_that_of_the_module(page):
+    cell(page, "shrink_end").get_by_role("button", name="The code").click()
+    shown(page, "shrink_end", "def shrink(a: Tensor, l1: float) -> Tensor:")
+
+
 def test_nothing_sticks_out_on_a_phone(page):
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_timeout(1000)
@@ -189,12 +184,6 @@ def test_nothing_sticks_out_on_a_phone(page):
            }).map(e => e.closest('[data-cell-name]').dataset.cellName)"""
     )
     assert not wide
-    page.set_viewport_size({"width": 1280, "height": 900})
-
-
-def test_folded_code_is_that_of_the_module(page):
-    cell(page, "shrink_end").get_by_role("button", name=re.compile("The code")).click()
-    shown(page, "shrink_end", "def shrink(a: Tensor, l1: float) -> Tensor:")
 
 
 def test_no_complaint_and_no_request_to_the_outside(page):

@@ -92,7 +92,7 @@ def test_the_flow_of_gradients_has_its_exact_zeros():
 
 def test_live_saes_are_those_of_their_rows_and_do_not_start_at_the_truth():
     kinds = "Standard", "Gated", "JumpReLU", "rescale & shift"
-    rows, saes = explainer.live_runs([(kind, 40) for kind in kinds], 1, 1, n_l1=2)
+    rows, saes = explainer.live_runs([(kind, 40) for kind in kinds], 3, 1, n_l1=2)
     data = explainer.small_world(1)
     held_out = list(itertools.islice(data.batches(1000, 20_001), 5))
     for row, sae in zip(rows, saes, strict=True):
@@ -120,6 +120,7 @@ def test_a_click_wins_until_the_list_is_used():
 
 
 TRUE = torch.tensor([0.2, 1.0, 2.0, 3.0])
+SHRUNK = gated_sae.shrink(TRUE, 0.8)
 FOUND = {"Standard": TRUE / 2, "Gated": torch.tensor([0.0, 1.0, 2.0, 3.0])}
 HEARD = {("L_reconstruct", "W_dec"): 0.25, ("L_aux", "b_gate"): 0.5, ("L_aux", "b_dec"): 0.125}
 HEARD |= {("L_reconstruct", "b_gate"): 0.0, ("L_aux", "W_dec"): 0.0}
@@ -128,10 +129,7 @@ LATENTS = [{"cosine": c, "share": s} for c, s in ((0.95, 0.5), (0.5, 0.7), (1.0,
 NORMS = "Norms live, aux frozen: after 200 steps|**2.09 times**|2.14 times|"
 SENTENCES = [
     (("superposition", 50, [1.2, 30.4], 8, 12), "After **50** steps|1° to 30°|**8 of 12** starts"),
-    (
-        ("shrinkage", 0.8, TRUE, gated_sae.shrink(TRUE, 0.8)),
-        "λ/2 = **0.40**|took **0.40**|lies 0.00 from",
-    ),
+    (("shrinkage", 0.8, TRUE, SHRUNK), "λ/2 = **0.40**|took **0.40**|lies 0.00 from"),
     (("shrinkage", 0.8, TRUE, (TRUE - 0.5).relu()), "took **0.50**"),
     (
         ("strengths", 0.6, TRUE, FOUND),
