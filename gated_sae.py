@@ -155,7 +155,7 @@ class SAE(nn.Module):
         for option in fields(self):
             if option.type is float:
                 setattr(self, option.name, positive(option.name, getattr(self, option.name), float))
-        known, floats = self.penalty in PENALTIES, dtype is None or dtype.is_floating_point
+        known, floats = self.penalty in [*PENALTIES], dtype is None or dtype.is_floating_point
         expect(known, f"penalty is {self.penalty!r}, expected one of {list(PENALTIES)}")
         expect(floats, f"dtype is {dtype}, expected a floating-point dtype", TypeError)
         W_dec = torch.empty(*self.stack, self.d_sae, self.d_in, device=device, dtype=dtype)

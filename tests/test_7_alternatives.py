@@ -89,7 +89,9 @@ def test_penalties_and_their_slopes_are_the_formulas(size, seed):
     for name, formula in formulas.items():
         charge = gated_sae.PENALTIES[name](f, W_dec.norm(dim=-1))
         norms = [math.hypot(*d) for d in W_dec.tolist()]
-        expected = torch.tensor([list(map(formula, row, norms)) for row in f.tolist()]).double()
+        expected = torch.tensor(
+            [list(map(formula, row, norms)) for row in f.tolist()], dtype=torch.float64
+        )
         assert_equal(charge.detach(), expected[..., 0])
         assert_equal(torch.autograd.grad(charge.sum(), f)[0], expected[..., 1])
         paid, dodged = pay(name, f, W_dec), pay(name, f / c, c.mT * W_dec)
