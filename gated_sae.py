@@ -809,15 +809,14 @@ def harvest(model: nn.Module, module: nn.Module, inputs: Iterable) -> Iterator[T
     An input is a tensor, a tuple of arguments, or a dict of keyword arguments, as tokenizers give;
     where its "attention_mask" is 0 there is padding, which is left out. Dtype and device stay.
     """
-
     Enough = type("Enough", (Exception,), {})  # when x is there, the model need not go on
 
     def take(_, args, output):
         raise Enough(hidden(module, output))
 
     for number, given in enumerate(inputs):
-        kwargs = given if isinstance(given, Mapping) else {}
-        args = () if kwargs else given if isinstance(given, tuple) else (given,)
+        args = given if isinstance(given, tuple) else (given,)
+        kwargs, args = (given, ()) if isinstance(given, Mapping) else ({}, args)
         handle = module.register_forward_hook(take)
         try:
             with torch.no_grad():
@@ -865,9 +864,7 @@ def shuffle(batches: Iterable[Tensor], batch: int, held: int, seed: int = 0) -> 
 @contextmanager
 def splice(module: nn.Module, put: SAE | str | Tensor) -> Iterator[None]:
     """Within, `put` stands in for the module's output x: an SAE's x̂, "zero", or a tensor (d,), say
-    the mean of x. The hook is gone afterwards, whatever happened.
-    """
-
+    the mean of x. The hook is gone afterwards, whatever happened."""
     known = put == "zero" if isinstance(put, str) else isinstance(put, SAE | Tensor)
     known = known and not getattr(put, "stack", ())
     expect(known, f"put is {put!r}, expected a single SAE, 'zero' or a tensor")
@@ -963,11 +960,9 @@ def activation_patching(fn: Callable, z: Tensor, z_patch: Tensor) -> Tensor:
 # The layout is SAELens's, a folder with two files, so that weights travel both ways.
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
-KINDS: dict[str, Callable[..., SAE]] = dict(
-    standard=StandardSAE, gated=GatedSAE, gated_untied=partial(GatedSAE, tied=False)
-)
-KINDS |= dict(gated_sigmoid=SigmoidGatedSAE, gated_natural=NaturalGatedSAE)
-KINDS |= dict(soft_cutoff=SoftCutoffSAE, jumprelu=JumpReLUSAE)
+KINDS: dict[str, Callable[..., SAE]] = dict(standard=StandardSAE, gated=GatedSAE)
+KINDS |= dict(gated_untied=partial(GatedSAE, tied=False), gated_sigmoid=SigmoidGatedSAE)
+KINDS |= dict(gated_natural=NaturalGatedSAE, soft_cutoff=SoftCutoffSAE, jumprelu=JumpReLUSAE)
 # What SAELens may do and this file does not: another value is refused.
 FIXED = dict.fromkeys(("normalize_activations", "reshape_activations"), "none")
 FIXED |= dict(apply_b_dec_to_input=True, activation_fn="relu", activation_fn_str="relu")
@@ -1077,8 +1072,7 @@ def to_dictionary_learning(sae: SAE) -> dict[str, Tensor]:
 #     S C   (batch, d_in)        Sᵀ A   (d_sae, d_in)        A Cᵀ at the support   (nnz,)
 #
 # and the gradient of each is made of the other two: x̂ is of the first kind, z of the third. Only to
-# find the support takes a dense product, which is not kept. Nothing is approximated, but sums round
-# otherwise. A stack is one block-diagonal S.
+# find the support takes a dense product. Only rounding differs. A stack is one block-diagonal S.
 
 BLOCK = 2**21  # entries of the dense product that exist at once
 bag = partial(F.embedding_bag, mode="sum", include_last_offset=True)
@@ -1093,17 +1087,14 @@ class Support:
 
     def __init__(self, latent: Tensor, row: Tensor, x_shape: torch.Size, b_shape: torch.Size):
         self.latent, self.row, self.x_shape, self.b_shape = latent, row, x_shape, b_shape
-        self.latent_starts = self._starts(latent, b_shape.numel())
-
-    @staticmethod
-    def _starts(index: Tensor, n: int) -> Tensor:
-        return torch.searchsorted(index, torch.arange(n + 1, device=index.device))
+        self.latent_starts = F.pad(latent.bincount(minlength=b_shape.numel()).cumsum(0), (1, 0))
 
     @cached_property
     def by_row(self) -> tuple[Tensor, Tensor, Tensor]:
         """The order by row, the latents in it, and where each row starts."""
-        order = self.row.int().sort(stable=True).indices
-        return order, self.latent[order], self._starts(self.row[order], self.x_shape[:-1].numel())
+        order, n = self.row.int().sort(stable=True).indices, self.x_shape[:-1].numel()
+        starts = F.pad(self.row.bincount(minlength=n).cumsum(0), (1, 0))
+        return order, self.latent[order], starts
 
     def to_rows(self, s: Tensor, C: Tensor) -> Tensor:
         """S C: (*stack, batch, d_in)."""
@@ -1156,6 +1147,15 @@ class Known(torch.autograd.Function):
         return None, None, *ctx.gradients(grad)
 
 
+def where_true(mask: Tensor) -> Tensor:
+    """Where a flat mask that is mostly False is True, (n,): eight of it are looked at as one."""
+    if mask.numel() % 8:
+        return mask.flatten().nonzero().view(-1)
+    some = mask.view(-1, 8).view(torch.int64).nonzero()[:, 0]
+    i, j = mask.view(-1, 8)[some].nonzero(as_tuple=True)
+    return 8 * some[i] + j
+
+
 @torch.no_grad()
 def find_support(x: Tensor, W_enc: Tensor, b: Tensor, rough=False) -> tuple[Support, Tensor]:
     """Where z + b > 0 for z = x W_enc, and z there, (nnz,); a block of latents at a time.
@@ -1180,7 +1180,7 @@ def find_support(x: Tensor, W_enc: Tensor, b: Tensor, rough=False) -> tuple[Supp
             margin = eps * w.norm(dim=-1, keepdim=True), b_w + eps * b_w.abs()
             w = torch.cat([w, *margin], -1).bfloat16()
         product = torch.mm(w, A[member].mT, out=buffer[: len(w)])
-        at = (~(product <= shut)).view(-1).nonzero().view(-1)  # NaN stays: the loss will show it
+        at = where_true(~(product <= shut))  # NaN stays: the loss will show it
         found.append(at + (member * d_sae + first) * batch), z.append(product.view(-1)[at])
     entry, z = torch.cat(found), torch.cat(z)
     latent = entry // batch
