@@ -36,7 +36,7 @@ def title():
     to use apart from *how strongly*, and pays for the first alone.
 
     This page shows why that is needed, how it works, what it buys, and what it does not. It takes
-    about twenty minutes, and you need PyTorch, not SAEs. Every section goes the same way: the gist,
+    about forty minutes, and you need PyTorch, not SAEs. Every section goes the same way: the gist,
     a question to answer *before* you look, a control, a picture, a sentence computed from it, and
     what to keep. Derivations and code are folded away. The code is that of `gated_sae.py`, whose
     sections 2 to 7 are those of this page; 8 and 9 are its metrics and its training.
@@ -52,7 +52,7 @@ def title():
     8. Why are the two best scale factors not reciprocals? (8)
     9. What does "half as many features" mean? (9)
     10. Why can attribution not see the jump? (10)
-    11. Where did the field go next, and what can toy data not show? (11)
+    11. Where did the field go next, and what can toy data not show? (12)
     """)
     mo.vstack([_title, mo.accordion({"What you will be able to answer": _questions})])
     return
@@ -213,7 +213,7 @@ def shrink_end():
         $f^* = \max(0,\, a - \lambda/2)$. Small coefficients go to zero, which is what the penalty
         is for. All others lose $\lambda/2$, which nobody asked for.
         """),
-        The_code=source(gated_sae.shrink, gated_sae.StandardSAE),
+        The_code=source(gated_sae.shrink, gated_sae.StandardSAE, gated_sae.penalised_losses),
     )
     return
 
@@ -314,7 +314,6 @@ def naive_feedback(ask_4):
 
 @app.cell
 def naive_controls(n_features, steps, strengths):
-    _starts, _options = [5] * len(strengths), {"tied": False, "aux": None}
     _starts, _untied = [5] * len(strengths), partial(gated_sae.GatedSAE, tied=False, aux=None)
     _, naive_history = learn(_untied, n_features, strengths, _starts, steps // 2)
     l1_naive = slider("penalty weight λ", 0.4, steps=strengths)
@@ -425,9 +424,9 @@ def aux_picture(aux_choice, gated, n_features, strengths):
         _flows[_aux] = gradient_flow(_sae, _x, 0.8)
     picture(
         flow_chart(_flows[aux_choice.value]),
-        "1000 times the norm of the gradient of each term of the loss (rows) with respect to each "
-        "parameter (columns), on Flatland's trained Gated SAE at λ = 0.8. A grey 0 is an exact "
-        "zero. Look at the column b_gate, and at W_dec as you change the auxiliary term.",
+        "1000 times the norm of the gradient of each term (rows) on each parameter (columns), on "
+        "Flatland's Gated SAE at λ = 0.8, tied as in section 6: W_enc serves both paths, r_mag scales. "
+        "A grey 0 is exact. Look at the column b_gate, and at W_dec as you change the auxiliary term.",
         flow_sentence(_flows["frozen"], _flows["unfrozen"]),
     )
     return
@@ -599,7 +598,7 @@ def norms_end():
         "neither. Frozen in L_aux alone, the norms collapse, and with them all that Gated had "
         "gained. Users of libraries have met such drifting norms and wondered ([SAELens "
         "546](https://github.com/decoderesearch/SAELens/pull/546)).",
-        The_code=source(gated_sae.penalised_losses),
+        The_code=source(gated_sae.PENALTIES["norm_live"], gated_sae.PENALTIES["norm_frozen"]),
         Other_alternatives=mo.md("""
         The discussion of the paper proposed more, and section 7 of the code has it all; section 9
         shows how each fares.

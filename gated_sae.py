@@ -351,7 +351,7 @@ def jump_relu(pi: Tensor, theta: Tensor) -> Tensor:
 
 
 def normalized(losses: Losses, x: Tensor) -> Losses:
-    """Squared errors over E‖x‖² of the batch, or 1 (authors, in the discussion: to carry λ on).
+    """Squared errors over E‖x‖² of the batch, or 1 if that is 0 (authors, discussion: to carry λ).
     c x then has the errors of x, but c times its sparsity: the same λ weighs c times as much."""
     x_sq = x.square().sum(-1).mean(-1)
     x_sq = torch.where(x_sq > 0, x_sq, 1)
@@ -405,7 +405,7 @@ def soft_cutoff(y: Tensor, t: Tensor, s: float) -> Tensor:
 
 @dataclass(eq=False, kw_only=True)
 class SoftCutoffSAE(StandardSAE):
-    """f = soft_cutoff(π, t, s) in place of ReLU(π), with t learned for each latent."""
+    """f = soft_cutoff(π, t, s), for π = (x - b_dec) W_enc + b_enc; t is learned for each latent."""
 
     s: float = 0.1
     latent_vectors = {"b_enc": 0.0, "t": 0.0}
@@ -710,7 +710,7 @@ class Trainer:
     lr_warmup: float = 0.1  # shares of the steps: in which lr rises linearly,
     l1_warmup: float = 0.1  # in which λ does,
     lr_decay: float = 0.2  # and in which lr falls at the end
-    # After so many steps but the last, `resample` what fired on no row of them: one more encoding.
+    # After so many steps but the last, `resample` what fired on no row of them. Encodes once more.
     resample_every: int | None = None
     # What is lowered. None: the SAE's own, by section 12 where that is faster. Or, say,
     # torch.compile(sae.losses), or torch.autocast("cuda", torch.bfloat16)(sae.losses).
@@ -783,7 +783,7 @@ def train(sae: SAE, batches: Iterable[Tensor], *, log_every=100, **options) -> I
 
     `options` are those of `Trainer`: l1 and steps at least. Checks them and moves the SAE at once;
     trains as the records are iterated, on exactly `steps` batches (batch, d_in). What is no number,
-    or too few batches, raise ValueError with the step, and leave the SAE as before it.
+    or too few batches, raise ValueError that names it, and leave the SAE as before it.
     """
     positive("log_every", log_every)
     trainer = Trainer(sae, **options)
