@@ -425,8 +425,8 @@ def aux_picture(aux_choice, gated, n_features, strengths):
     picture(
         flow_chart(_flows[aux_choice.value]),
         "1000 times the norm of the gradient of each term (rows) on each parameter (columns), on "
-        "Flatland's Gated SAE at λ = 0.8, tied as in section 6: W_enc serves both paths, r_mag scales. "
-        "A grey 0 is exact. Look at the column b_gate, and at W_dec as you change the auxiliary term.",
+        "Flatland's Gated SAE at λ = 0.8, tied as in section 6: W_enc serves both paths, r_mag a "
+        "scale. A grey 0 is exact. Look at the column b_gate, and at W_dec as you change the task.",
         flow_sentence(_flows["frozen"], _flows["unfrozen"]),
     )
     return

@@ -583,7 +583,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
     """Metrics over any number of batches, of any sizes, in constant memory.
 
     Ratios of means over the whole stream, in float64 (MPS: float32): how it was cut into batches
-    changes nothing but rounding. A NaN or infinity raises ValueError, with the batch's number.
+    changes nothing but rounding. A NaN or infinity in x raises ValueError, with its number.
     """
     wide = torch.float32 if sae.W_dec.device.type == "mps" else torch.float64
     n_rows, origin, sums = 0, None, {}
@@ -756,8 +756,7 @@ class Trainer:
         lr = self.lr * min(1, rise, (steps + 1 - step) / fall)
         l1 = self.l1 * min(1, step / max(1, self.l1_warmup * steps))
         x = as_batch(self.sae, x, f"batch {self.done}")
-        losses = self.losses(x)
-        total = losses.total(l1)
+        total = (losses := self.losses(x)).total(l1)
         given = f"step {step}: the loss is {total.tolist()}, expected finite; the SAE is unchanged"
         expect(bool(total.isfinite().all()), given)
         if self.resample_every:
@@ -766,6 +765,7 @@ class Trainer:
                     self.silent &= ~(self.sae.encode(part) > 0).any(-2)
         self.optimizer.zero_grad()
         total.sum().backward()
+        expect(any(p.grad is not None for p in self.sae.parameters()), "losses are of another SAE")
         self.optimizer.param_groups[0]["lr"] = lr
         if unit_norm(self.sae):
             step_on_unit_norm(self.optimizer, self.sae.W_dec)
@@ -827,7 +827,7 @@ def harvest(model: nn.Module, module: nn.Module, inputs: Iterable) -> Iterator[T
         finally:
             handle.remove()
         mask = kwargs.get("attention_mask")
-        yield (x.flatten(0, -2) if mask is None else x[mask.bool().to(x.device)]).detach()
+        yield (x if mask is None else x[mask.bool().to(x.device)]).flatten(0, -2).detach()
 
 
 def hidden(module: nn.Module, output) -> Tensor:
@@ -963,9 +963,9 @@ CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 KINDS: dict[str, Callable[..., SAE]] = dict(standard=StandardSAE, gated=GatedSAE)
 KINDS |= dict(gated_untied=partial(GatedSAE, tied=False), gated_sigmoid=SigmoidGatedSAE)
 KINDS |= dict(gated_natural=NaturalGatedSAE, soft_cutoff=SoftCutoffSAE, jumprelu=JumpReLUSAE)
-# What SAELens may do and this file does not: another value is refused.
-FIXED = dict.fromkeys(("normalize_activations", "reshape_activations"), "none")
-FIXED |= dict(apply_b_dec_to_input=True, activation_fn="relu", activation_fn_str="relu")
+# What SAELens may do, or an older version of this file, and this one does not: refused.
+FIXED = dict.fromkeys(("activation_fn", "activation_fn_str"), "relu") | dict(a=1, normalize=False)
+FIXED |= dict(normalize_activations="none", reshape_activations="none", apply_b_dec_to_input=True)
 
 
 def architecture(sae: SAE) -> str:
@@ -983,11 +983,11 @@ def save(sae: SAE, folder: str | os.PathLike) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder, new = Path(folder), Path(f"{os.fspath(folder)}.new")
+    folder, new = Path(folder), Path(f"{Path(folder)}.new")
     expect(not folder.exists(), f"{folder} exists, expected a new folder to save into")
     expect(not sae.W_dec.is_meta, "the SAE is on the meta device, expected one that has numbers")
     config = dict(architecture=architecture(sae), dtype=str(sae.W_dec.dtype).removeprefix("torch."))
-    given = {key: value for key, value in FIXED.items() if not key.startswith("activation")}
+    given = {key: FIXED[key] for key in FIXED if key.endswith(("activations", "input"))}
     config |= sae.config | given | dict(device="cpu", metadata={})
     tensors = {name: t.detach().contiguous() for name, t in sae.state_dict().items()}
     _fill(type(sae)(**sae.config, dtype=sae.W_dec.dtype, device="meta"), tensors, "the SAE")

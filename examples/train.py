@@ -159,7 +159,7 @@ def checkpoint(act: Callable, folder: Path, model: Loss, trainer: Trainer) -> No
             act(state, checkpoint_id=folder)
     except dcp.CheckpointException as error:
         (cause, _), *_ = error.failures.values()
-        raise OSError(f"{folder}: {cause}") from None
+        raise OSError(f"{folder}: {cause!r}") from None
     trainer.generator.set_state(random)
 
 

@@ -70,6 +70,16 @@ def test_what_is_harvested_is_what_the_module_puts_out(model, dtype):
     assert (model.first.called, model.second.called) == (5, 0)
 
 
+def test_rows_are_flat_with_a_mask_as_without():
+    """Of attention heads, say: (batch, tokens, heads, d) -> (rows, d), of the tokens that count."""
+    model, mask = nn.Identity(), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    x, inputs = randn(2, 3, 4, 5, seed=0), {"input_ids": None, "attention_mask": mask}
+    heads = nn.Module()
+    heads.inner, heads.forward = model, lambda input_ids, attention_mask: heads.inner(x)
+    (found,) = gated_sae.harvest(heads, model, [inputs])
+    assert_equal(found, torch.cat([x[0, 0], x[0, 1], x[1, 0]]), rtol=0, atol=0)
+
+
 def test_errors_pass_and_the_hook_is_gone(model):
     with pytest.raises(ValueError, match="input 0: the model never called Linear"):
         list(gated_sae.harvest(model, model.unused, [IDS]))

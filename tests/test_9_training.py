@@ -362,6 +362,16 @@ def test_schedules_rise_from_zero_and_the_rate_falls_again(shares, lrs, l1s):
     assert [record.l1.item() for record in records] == pytest.approx([2 * l1 for l1 in l1s])
 
 
+@pytest.mark.parametrize("options", [{}, {"penalty": "norm_live"}])
+def test_losses_of_another_sae_are_refused(options):
+    """A deep copy's, say: they would train nothing, and say nothing."""
+    sae, other = StandardSAE(8, 16, **options), StandardSAE(8, 16, **options)
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    with pytest.raises(ValueError, match="losses are of another SAE"):
+        trained(sae, some_batches(1), losses=other.losses)
+    assert_equal(sae.state_dict(), before, rtol=0, atol=0)
+
+
 def test_a_trainer_takes_its_steps_and_no_more():
     """And `train` takes them from its batches; where these end early, it keeps what was trained."""
     batches, early = some_batches(3), GatedSAE(8, 16)
