@@ -13,7 +13,7 @@ from tqdm import tqdm
 import gated_sae
 from gated_sae import SAE, GatedSAE, Moments, StandardSAE, moments
 from results import measure
-from results.measure import EVIDENCE, HIGH, LOW, METRICS, WORLDS, Recipe, gradient, spread, world
+from results.measure import EVIDENCE, HIGH, LOW, WORLDS, Recipe, gradient, sae_with, spread, world
 from toy_data import recovery
 
 
@@ -21,20 +21,19 @@ def drawn_apart(sae: SAE, generator: torch.Generator) -> None:
     sae.W_enc.data = type(sae)(**sae.config, generator=generator).W_enc.data
 
 
+unfrozen = {"aux": "unfrozen"}
 gated_sae.PENALTIES["log 4"] = lambda f, norm: (4 * f).log1p()
 ABLATIONS = {
     "log penalty, a = 4": Recipe(StandardSAE, (0.06, 0.5), {"penalty": "log 4"}),
-    "aux unfrozen": Recipe(GatedSAE, LOW, {"aux": "unfrozen"}),
+    "aux unfrozen": Recipe(GatedSAE, LOW, unfrozen),
     "without aux": Recipe(GatedSAE, HIGH, {"aux": None}),
     "without r_mag": Recipe(GatedSAE, HIGH, prepare=lambda sae, _: sae.r_mag.requires_grad_(False)),
     "untied": Recipe(GatedSAE, HIGH, {"tied": False}),
     "sigmoid gate, without aux": Recipe(gated_sae.SigmoidGatedSAE, LOW, {"aux": None}),
     "norms frozen, aux frozen": Recipe(GatedSAE, HIGH, {"penalty": "norm_frozen"}),
-    "norms live, aux unfrozen": Recipe(GatedSAE, LOW, dict(penalty="norm_live", aux="unfrozen")),
+    "norms live, aux unfrozen": Recipe(GatedSAE, LOW, unfrozen | {"penalty": "norm_live"}),
     "norms live, aux frozen": Recipe(GatedSAE, HIGH, {"penalty": "norm_live"}),
-    "norms frozen, aux unfrozen": Recipe(
-        GatedSAE, LOW, {"penalty": "norm_frozen", "aux": "unfrozen"}
-    ),
+    "norms frozen, aux unfrozen": Recipe(GatedSAE, LOW, unfrozen | {"penalty": "norm_frozen"}),
     "encoder drawn apart": Recipe(GatedSAE, HIGH, prepare=drawn_apart),
     "no λ warm-up": Recipe(GatedSAE, HIGH, schedule={"l1_warmup": 0.0}),
 }
@@ -44,14 +43,6 @@ PAIR = "one Standard (λ 0.4) and one Gated (λ 0.9) SAE a seed, plain world, fl
 SWEEP = "sweep over λ; L0 at equal FVU (0.1 to 0.3), as a ratio to Gated"
 VERDICTS = {True: "agrees", False: "disagrees", None: "not decidable on toy data"}
 per_seed = partial(torch.as_tensor, dtype=torch.float64)
-
-
-def sae_with(state: dict[str, Tensor], kind: type[SAE] = GatedSAE, **options) -> SAE:
-    """An SAE of any kind and options, with those parameters that it has of a state."""
-    *stack, d_sae, d_in = state["W_dec"].shape
-    sae = kind(d_in, d_sae, stack=stack, dtype=state["W_dec"].dtype, **options)
-    sae.load_state_dict({name: state[name] for name in sae.state_dict()})
-    return sae
 
 
 def largest(t: Tensor) -> Tensor:
@@ -96,31 +87,29 @@ class Claims:
         recipe = (EVIDENCE | ABLATIONS)[variant]
         l1s = [round(l1, 4) for l1 in recipe.strengths(self.n_l1).tolist()]
         l1 = torch.tensor(l1s).expand(self.seeds, self.n_l1)
-
-        def stream(seed, batch=256):
-            for x in self.stream(seed, batch, world_name):
-                yield x.unsqueeze(1).expand(*l1.shape, *x.shape[1:])
-
+        stream = partial(self.stream, name=world_name, copies=(self.n_l1,))
         held_out = itertools.islice(stream(20_000, 1000), 10)
-        keys = (*METRICS[:3], "norm_ratio", "cosine_squared", "dead_fraction")
+        keys = (*measure.METRICS[:3], "norm_ratio", "cosine_squared", "dead_fraction")
         options = {"keys": keys, "what": f"{variant}, {world_name}", "device": "cpu"}
         for at, sae, row in measure.swept(recipe, stream, l1, self.steps, held_out, **options):
             found = recovery(sae, world(world_name, at[0]), rows=2000)
             norm = sae.W_dec.norm(dim=-1).mean().item()
-            scores = {"mcc": round(found.mcc, 4), "f1": round(found.f1, 4), "norm": round(norm, 4)}
+            scores = {"mcc": found.mcc, "f1": found.f1, "norm": norm}
             start = {"world": world_name, "variant": variant, "seed": at[0], "l1": l1s[at[1]]}
-            yield start | row | scores
+            yield start | row | {name: round(score, 4) for name, score in scores.items()}
 
-    def stream(self, seed: int, batch=256, name="plain") -> Iterator[Tensor]:
-        """Each seed has data of its own: (seeds, batch, 32)."""
+    def stream(self, seed: int, batch=256, name="plain", copies=()) -> Iterator[Tensor]:
+        """Each seed has data of its own: (seeds, *copies, batch, 32)."""
         streams = [world(name, i).batches(batch, seed + i) for i in range(self.seeds)]
-        return map(torch.stack, zip(*streams, strict=True))
+        for rows in zip(*streams, strict=True):
+            yield torch.stack([x.expand(*copies, *x.shape) for x in rows])
 
     def stack(self, recipe: Recipe, l1: float, what: str, **options) -> SAE:
         """One for each seed, trained on the plain world."""
         l1, options = torch.full((self.seeds,), l1), options | {"what": what, "device": "cpu"}
         return measure.trained(recipe, self.stream, l1, self.steps, **options)
 
+    seeded = property(lambda self: [torch.Generator().manual_seed(i) for i in range(self.seeds)])
     # Two stacks, fresh rows for them, (seeds, 5000, 32), and the moments of these with x̂.
     standard = cached_property(lambda self: self.stack(EVIDENCE["Standard"], 0.4, "S").double())
     gated = cached_property(lambda self: self.stack(EVIDENCE["Gated"], 0.9, "G").double())
@@ -147,19 +136,14 @@ class Claims:
             values = per_seed(values).detach()
             holds += [bool(holds_of(values)) for holds_of in criteria]
             shown |= {name: values} if len(values) and name[0] != "(" else {}
-        return {
-            "id": number,
-            "claim": claim.__doc__,
-            "setting": setting,
-            "seeds": max(map(len, shown.values()), default=0),
-            "measured": {name: spread(values) for name, values in shown.items()},
-            "verdict": VERDICTS[all(holds) if holds else None],
-        }
+        row = {"id": number, "claim": claim.__doc__, "setting": setting}
+        row["seeds"] = max(map(len, shown.values()), default=0)
+        row["measured"] = {name: spread(values) for name, values in shown.items()}
+        return row | {"verdict": VERDICTS[all(holds) if holds else None]}
 
     def S1(self, on="50 random a, λ a seed"):
         """L1 shrinks: gradient descent finds max(0, a - λ/2)"""
-        generators = [torch.Generator().manual_seed(seed) for seed in range(self.seeds)]
-        a, l1 = torch.stack([torch.rand(2, 50, generator=g) for g in generators], 1).double()
+        a, l1 = torch.stack([torch.rand(2, 50, generator=g) for g in self.seeded], 1).double()
         a, f = 4 * a - 1, torch.ones_like(a)
         for _ in range(300):  # on (a - f)² + λ f, f ≥ 0
             f = (f - 0.1 * (2 * (f - a) + l1)).clamp_min(0)
@@ -205,8 +189,7 @@ class Claims:
     def G1(self, on=PAIR):
         """reconstruction gives the gate no gradient: exactly 0"""
         g, x = self.gated, self.x
-        W_mag = g.W_enc * gated_sae.as_row(g.r_mag.exp())
-        untied = sae_with(g.state_dict() | {"W_mag": W_mag}, tied=False)
+        untied = gated_sae.to_gated(g, tied=False)
         to_b_gate = gradient(g, g.losses(x).reconstruct.sum(), "b_gate")
         to_W_gate = gradient(untied, untied.losses(x).reconstruct.sum(), "W_enc")
         yield "largest absolute gradient of reconstruct on b_gate", largest(to_b_gate), near(0, 0)
@@ -272,10 +255,10 @@ class Claims:
 
     def A2(self, on=SWEEP + ", and to rescale & shift"):
         """without the Heaviside, y = x̂(t ⊙ f): less expressive than rescale & shift"""
-        behind = self.ratio("natural b_mag", "rescale & shift")
-        yield "L0 natural b_mag / Gated", self.ratio("natural b_mag")
-        yield "L0 natural b_mag / rescale & shift", behind, above(1)
-        yield "γ", self.gamma("natural b_mag")
+        variant, other = "natural b_mag", "rescale & shift"
+        yield f"L0 {variant} / Gated", self.ratio(variant)
+        yield f"L0 {variant} / {other}", self.ratio(variant, other), above(1)
+        yield "γ", self.gamma(variant)
 
     def A3(self, on="sweep over λ, a = 1; γ where 60% to 95% of the variance is explained"):
         """log(1 + a f) in place of L1 lessens shrinkage of the Standard SAE"""
@@ -341,14 +324,11 @@ class Claims:
 
     def D1(self, on="a random softmax head of 50 classes reads x; " + PAIR):
         """zero ablation inflates loss recovered, and never changes which SAE is ahead"""
-        heads = []
-        for seed, x in enumerate(self.x):
-            generator = torch.Generator().manual_seed(seed)
-            W = torch.randn(32, 50, generator=generator).double()
-            labels = torch.multinomial((x @ W).softmax(-1), 1, generator=generator)  # its samples
-            heads.append(lambda x, W=W, labels=labels[:, 0]: cross_entropy(x @ W, labels))
-        ce = lambda x: torch.stack([head(one) for head, one in zip(heads, x, strict=True)])  # noqa: E731
-        x, scores = self.x, {}
+        x, generators, scores = self.x, self.seeded, {}
+        W = torch.stack([torch.randn(32, 50, generator=g) for g in generators]).double()
+        heads = zip((x @ W).softmax(-1), generators, strict=True)  # each is labelled by its samples
+        labels = torch.stack([p.multinomial(1, generator=g)[:, 0] for p, g in heads])
+        ce = lambda x: cross_entropy((x @ W).mT, labels, reduction="none").mean(-1)  # noqa: E731
         for kind, sae in (("Standard", self.standard), ("Gated", self.gated)):
             for name, ablated in (("zero", 0 * x), ("mean", x.mean(1, True).expand_as(x))):
                 scores[kind, name] = gated_sae.loss_recovered(ce(sae(x)), ce(x), ce(ablated))
@@ -391,28 +371,24 @@ def measured(steps: int, seed: int) -> dict:
     return {"claims": [seen.judged(number) for number in CLAIMS], "runs": seen.runs}
 
 
-def condensed(claimed: list[dict]) -> list[dict]:
+def condensed(claimed: list[dict]) -> Iterator[dict]:
     """The table of claims for README.md: at most three numbers a row."""
-    table = []
     for row in claimed:
         numbers = [
             f"{name} {value['mean']:.3g}" + (f" ± {value['se']:.1g}" if value["se"] else "")
             for name, value in list(row["measured"].items())[:3]
         ]
         start = {"": row["id"], "claim": row["claim"]}
-        table.append(start | {"measured": "; ".join(numbers), "verdict": row["verdict"]})
-    return table
+        yield start | {"measured": "; ".join(numbers), "verdict": row["verdict"]}
 
 
-def recovered(rows: list[dict], fvu=0.2) -> list[dict]:
+def recovered(rows: list[dict], fvu=0.2) -> Iterator[dict]:
     """At one FVU, means over seeds: what each variant costs, and how much of the truth it found."""
-    table = []
     for name, variant in itertools.product(WORLDS, EVIDENCE):
         found = measure.mean_at_fvu(rows, variant, name, fvu, ("gamma", "mcc", "f1"))
         cells = [f"{value:.2f}" for value in found] if found else ["-"] * 4
         row = {"data": name, "variant": variant}
-        table.append(row | dict(zip(("L0", "γ", "MCC", "F1"), cells, strict=True)))
-    return table
+        yield row | dict(zip(("L0", "γ", "MCC", "F1"), cells, strict=True))
 
 
 def shown(read) -> tuple[alt.FacetChart, dict[str, str]]:
@@ -421,5 +397,5 @@ def shown(read) -> tuple[alt.FacetChart, dict[str, str]]:
     lines = measure.curves(points, "fvu", "FVU: variance unexplained", legend="right")
     column = alt.Column("data:N", sort=WORLDS, title=None)
     tables = {"claims": condensed(read("claims")), "recovered": recovered(read("runs"))}
-    texts = {place: measure.as_markdown(table) for place, table in tables.items()}
+    texts = {place: measure.as_markdown(list(table)) for place, table in tables.items()}
     return lines.properties(width=230, height=240).facet(column=column), texts

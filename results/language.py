@@ -10,15 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from gated_sae import GatedSAE, StandardSAE, harvest, loss_recovered, shuffle, splice
-from results.measure import Recipe, as_markdown, at_levels, curves, swept
+from gated_sae import harvest, loss_recovered, shuffle, splice
+from results.measure import as_markdown, at_equal_compute, at_levels, curves, swept
 
-# What is spliced in for the MLP's 128 numbers: Standard and Gated, 4 times as wide.
-SPLICED = {
-    "Standard": Recipe(StandardSAE, (0.5, 8.0), d_sae=512),
-    "Standard 1.5x": Recipe(StandardSAE, (0.5, 8.0), d_sae=768),
-    "Gated": Recipe(GatedSAE, (1.0, 16.0), d_sae=512),
-}
+# What is spliced in for the MLP's 128 numbers: SAEs 4 times as wide.
+SPLICED = at_equal_compute((0.5, 8.0), (1.0, 16.0), 512)
 
 
 def english() -> tuple[Tensor, Tensor]:
@@ -33,24 +29,18 @@ def english() -> tuple[Tensor, Tensor]:
 
 
 class LanguageModel(nn.Module):
-    """A transformer of one layer: bytes (batch, tokens) -> logits of the next (batch, tokens, 256).
-
-    It reads at most `context` bytes at once.
-    """
+    """A transformer of one layer: bytes (batch, tokens) -> logits of the next (batch, tokens, 256),
+    for at most `context` tokens."""
 
     def __init__(self, d_model=128, n_heads=8, context=128):
         super().__init__()
-        self.n_heads, self.context = n_heads, context
+        self.n_heads, self.context, wide = n_heads, context, 4 * d_model
         self.byte = nn.Embedding(256, d_model)
         self.position = nn.Embedding(context, d_model)
-        self.attention_norm, self.mlp_norm, self.last_norm = (
-            nn.LayerNorm(d_model) for _ in range(3)
-        )
+        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(3))
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.project = nn.Linear(d_model, d_model)
-        self.mlp = nn.Sequential(
-            nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model)
-        )
+        self.mlp = nn.Sequential(nn.Linear(d_model, wide), nn.GELU(), nn.Linear(wide, d_model))
         self.unembed = nn.Linear(d_model, 256, bias=False)
         for weight in self.parameters():
             if weight.ndim == 2:
@@ -64,10 +54,11 @@ class LanguageModel(nn.Module):
         return self.project(mixed.transpose(1, 2).flatten(2))  # (batch, tokens, d_model)
 
     def forward(self, ids: Tensor) -> Tensor:
+        before_attention, before_mlp, at_end = self.norms
         x = self.byte(ids) + self.position.weight[: ids.shape[1]]  # (batch, tokens, d_model)
-        x = x + self.attend(self.attention_norm(x))
-        x = x + self.mlp(self.mlp_norm(x))
-        return self.unembed(self.last_norm(x))  # (batch, tokens, 256)
+        x = x + self.attend(before_attention(x))
+        x = x + self.mlp(before_mlp(x))
+        return self.unembed(at_end(x))  # (batch, tokens, 256)
 
 
 def cross_entropy(model: LanguageModel, ids: Tensor) -> Tensor:
@@ -109,10 +100,8 @@ def guessing(text: Tensor, held_out: Tensor) -> dict[str, float]:
     pairs = torch.bincount(256 * text[:-1] + text[1:], minlength=256**2).view(256, 256) + single
     pairs /= pairs.sum(1, keepdim=True)
     before, after = held_out[:-1], held_out[1:]
-    return {
-        "unigram": -single[after].log().mean().item(),
-        "bigram": -pairs[before, after].log().mean().item(),
-    }
+    odds = {"unigram": single[after], "bigram": pairs[before, after]}
+    return {name: -p.log().mean().item() for name, p in odds.items()}
 
 
 def experiment(model_steps=1200, steps=1500, seed=0, n_l1=7) -> dict:
@@ -139,18 +128,15 @@ def experiment(model_steps=1200, steps=1500, seed=0, n_l1=7) -> dict:
     for name, recipe in SPLICED.items():
         l1, options = recipe.strengths(n_l1), {"d_in": x.shape[1], "seed": seed, "device": "cpu"}
         for at, sae, row in swept(recipe, rows, l1, steps, x.split(1024), what=name, **options):
-            start = {"variant": name, "d_sae": recipe.d_sae, "l1": l1[at].item()}
-            end = {"ce": spliced(sae)}
-            for ablated in ("zero", "mean"):
-                end[f"recovered_{ablated}"] = loss_recovered(end["ce"], ce["clean"], ce[ablated])
-            table.append(rounded(start | row | end))
+            start = {"variant": name, "d_sae": recipe.d_sae, "l1": round(l1[at].item(), 5)}
+            now = spliced(sae)
+            end = {"ce": round(now, 5)}
+            for base in ("zero", "mean"):
+                end[f"recovered_{base}"] = round(loss_recovered(now, ce["clean"], ce[base]), 5)
+            table.append(start | row | end)
     made = {"python": sys.version.split()[0]}  # whose help texts these are
     made |= {"steps": {"language model": model_steps, "SAEs": steps}, "seed": seed}
-    return made | {"ce": rounded(ce), "table": table}
-
-
-def rounded(row: dict) -> dict:
-    return {key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()}
+    return made | {"ce": {name: round(value, 5) for name, value in ce.items()}, "table": table}
 
 
 def comparison(found: dict, levels=(0.8, 0.9, 0.95, 0.98)) -> list[dict]:
@@ -162,15 +148,11 @@ def comparison(found: dict, levels=(0.8, 0.9, 0.95, 0.98)) -> list[dict]:
     # What splicing adds to CE may stand in for FVU: a level of it is found just as well.
     added = [row | {"fvu": row["ce"] - ce["clean"], "FVU": row["fvu"]} for row in found["table"]]
     allowed = {(1 - level) * (ce["mean"] - ce["clean"]): level for level in levels}
-    for more, at, ratios in at_levels(added, SPLICED, allowed, ("gamma", "FVU")):
+    columns = {"γ": "gamma", "FVU": "FVU"}
+    for more, row in at_levels(added, SPLICED, allowed, columns, of=("Standard", "Gated")):
         zero = 1 - more / (ce["zero"] - ce["clean"])
-        row = {"recovered, mean": allowed[more], "recovered, zero": round(zero, 3)}
-        row["CE"] = round(ce["clean"] + more, 3)
-        row |= {f"L0 {variant}": round(l0, 2) for variant, (l0, _, _) in at.items()}
-        for variant in ("Standard", "Gated"):
-            _, gamma, fvu = at[variant]
-            row |= {f"γ {variant}": round(gamma, 3), f"FVU {variant}": round(fvu, 3)}
-        rows.append(row | ratios)
+        start = {"recovered, mean": allowed[more], "recovered, zero": round(zero, 3)}
+        rows.append(start | {"CE": round(ce["clean"] + more, 3)} | row)
     return rows
 
 
@@ -216,8 +198,7 @@ def shown(read) -> tuple[alt.HConcatChart, dict[str, str]]:
     levels = [{"ce": found["ce"][key], "name": name} for key, name in names.items()]
     rules = alt.Chart(alt.Data(values=levels)).encode(y="ce:Q")
     labels = rules.mark_text(align="left", dx=4, dy=-6, x=0).encode(text="name:N")
-    title = "CE once spliced in, nats per byte"
-    ce = curves(found["table"], "ce", title, per="byte", log=False)
+    ce = curves(found["table"], "ce", "CE once spliced in, nats per byte", per="byte", log=False)
     fvu = curves(found["table"], "fvu", "FVU: variance unexplained", per="byte")
     return (rules.mark_rule(strokeDash=[4, 4]) + labels + ce) | fvu, {
         "language": as_markdown(comparison(found)),

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import gated_sae
-from gated_sae import SAE, GatedSAE, SoftCutoffSAE, StandardSAE, to_jumprelu
+from gated_sae import SAE, GatedSAE, StandardSAE, rescale_and_shift
 from toy_data import SuperpositionData, zipf
 
 RESULTS = Path(__file__).parent
@@ -47,27 +48,32 @@ class Recipe(NamedTuple):
     options: dict = {}
     d_sae: int = 128
     prepare: Callable = lambda sae, generator: None
-    finish: Callable = lambda sae, refit: sae  # `refit` trains a correction, without penalty
+    finish: Callable = lambda sae: sae
+    refit: bool = False  # what `finish` made of it, on other rows and without penalty
     schedule: dict = {}
 
     def strengths(self, n: int) -> Tensor:
         return torch.logspace(*map(math.log10, self.span), n)
 
 
-def rescaled(refit_decoder: bool) -> Callable:
-    return lambda sae, refit: refit(gated_sae.rescale_and_shift(sae, refit_decoder))
+def at_equal_compute(standard, gated, d_sae: int) -> dict[str, Recipe]:
+    """Standard and Gated over a span of λ each, and Standard 1.5 times as wide: a Gated step has
+    three products with a weight matrix where a Standard one has two."""
+    return {
+        "Standard": Recipe(StandardSAE, standard, d_sae=d_sae),
+        "Standard 1.5x": Recipe(StandardSAE, standard, d_sae=3 * d_sae // 2),
+        "Gated": Recipe(GatedSAE, gated, d_sae=d_sae),
+    }
 
 
 LOW, HIGH = (0.15, 1.2), (0.3, 2.4)  # Gated needs larger λ for the same L0
-EVIDENCE = {
-    "Standard": Recipe(StandardSAE, LOW),
-    "Standard 1.5x": Recipe(StandardSAE, LOW, d_sae=192),
-    "Gated": Recipe(GatedSAE, HIGH),
-    "rescale & shift": Recipe(StandardSAE, (0.2, 2.4), finish=rescaled(False)),
-    "rescale & shift, decoder too": Recipe(StandardSAE, (0.2, 2.4), finish=rescaled(True)),
+corrected = partial(Recipe, StandardSAE, (0.2, 2.4), refit=True)
+EVIDENCE = at_equal_compute(LOW, HIGH, 128) | {
+    "rescale & shift": corrected(finish=rescale_and_shift),
+    "rescale & shift, decoder too": corrected(finish=lambda sae: rescale_and_shift(sae, True)),
     "natural b_mag": Recipe(gated_sae.NaturalGatedSAE, (0.6, 4.8)),
     "log penalty": Recipe(StandardSAE, (0.3, 2.0), {"penalty": "log"}),
-    "soft cutoff": Recipe(SoftCutoffSAE, LOW, finish=lambda sae, refit: to_jumprelu(sae)),
+    "soft cutoff": Recipe(gated_sae.SoftCutoffSAE, LOW, finish=gated_sae.to_jumprelu),
     "JumpReLU": Recipe(gated_sae.JumpReLUSAE, (0.05, 0.6)),
 }
 
@@ -75,7 +81,7 @@ EVIDENCE = {
 def trained(recipe, stream, l1, steps, *, d_in=32, seed=0, lr=1e-2, what=None, **options) -> SAE:
     """A stack made by the recipe, of the shape of l1; `options` are those of `train`.
 
-    stream(0) trains it, and stream(10 000), other rows of the same data, what `finish` refits.
+    stream(0) trains it, and stream(10 000), other rows of the same data, refits it.
     `what` names a bar of progress. At a rate of 1e-2, data this small is learnt in thousands of
     steps; at the paper's 3e-4, made for language models, not in tens of thousands.
     """
@@ -85,12 +91,12 @@ def trained(recipe, stream, l1, steps, *, d_in=32, seed=0, lr=1e-2, what=None, *
     options |= {"steps": steps, "lr": lr, "log_every": steps} | recipe.schedule
 
     def fit(sae, l1, offset):
-        batches = itertools.islice(stream(offset), steps)
-        bar = tqdm(batches, what, steps, leave=False, disable=None if what else True)
+        bar = tqdm(stream(offset), what, steps, leave=False, disable=None if what else True)
         list(gated_sae.train(sae, bar, l1=l1, **options))
         return sae
 
-    return recipe.finish(fit(sae, l1, 0), lambda sae: fit(sae, 0.0, 10_000))
+    sae = recipe.finish(fit(sae, l1, 0))
+    return fit(sae, 0.0, 10_000) if recipe.refit else sae
 
 
 METRICS = "l0", "fvu", "gamma", "dead_fraction"
@@ -107,17 +113,23 @@ def swept(recipe, stream, l1, steps, held_out, *, keys=METRICS, **options) -> It
 def members(sae: SAE) -> Iterator[SAE]:
     """The single SAEs of a stack, in order."""
     for at in itertools.product(*map(range, sae.W_dec.shape[:-2])):
-        member = type(sae)(**(sae.config | {"stack": ()}), dtype=sae.W_dec.dtype)
-        member.load_state_dict({name: value[at] for name, value in sae.state_dict().items()})
-        yield member
+        own = {name: value[at] for name, value in sae.state_dict().items()}
+        yield sae_with(own, type(sae), **sae.config)
+
+
+def sae_with(state: dict[str, Tensor], kind: type[SAE] = GatedSAE, **options) -> SAE:
+    """An SAE of any kind and options, with those parameters that it has of a state."""
+    *stack, d_sae, d_in = state["W_dec"].shape
+    options |= {"d_in": d_in, "d_sae": d_sae, "stack": stack, "dtype": state["W_dec"].dtype}
+    sae = kind(**options)
+    sae.load_state_dict({name: state[name] for name in sae.state_dict()})
+    return sae
 
 
 def gradient(sae: SAE, value: Tensor, name: str) -> Tensor:
     """d value / d parameter, zeros where it does not reach."""
-    (grad,) = torch.autograd.grad(
-        value, [getattr(sae, name)], allow_unused=True, materialize_grads=True, retain_graph=True
-    )
-    return grad
+    parameter = getattr(sae, name)
+    return torch.autograd.grad(value, parameter, retain_graph=True, materialize_grads=True)[0]
 
 
 def spread(values) -> dict[str, float]:
@@ -147,14 +159,19 @@ def at_fvu(table: list[dict], variant: str, fvu: float, keys=("gamma",)) -> tupl
     return None
 
 
-def at_levels(table: list[dict], variants, levels, keys=("gamma",)) -> Iterator[tuple]:
-    """(level, {variant: (L0, γ)}, {"variant / Gated": its L0 over Gated's}) where all reach it."""
+def at_levels(table: list[dict], kinds, levels, columns: dict, of=None) -> Iterator[tuple]:
+    """(FVU, row) where all kinds reach it: L0 of each, what `columns` name of each (or only `of`
+    these), and L0 as a multiple of Gated's."""
+    others = [kind for kind in kinds if kind != "Gated"]
     for level in levels:
-        found = {variant: at_fvu(table, variant, level, keys) for variant in variants}
+        found = {kind: at_fvu(table, kind, level, columns.values()) for kind in kinds}
         if all(found.values()):
-            ratios = {variant: at[0] / found["Gated"][0] for variant, at in found.items()}
-            del ratios["Gated"]
-            yield level, found, {f"{v} / Gated": round(ratio, 2) for v, ratio in ratios.items()}
+            row = {f"L0 {kind}": round(at[0], 2) for kind, at in found.items()}
+            for kind in of or kinds:
+                named = zip(columns, found[kind][1:], strict=True)
+                row |= {f"{name} {kind}": round(value, 3) for name, value in named}
+            gated = found["Gated"][0]
+            yield level, row | {f"{v} / Gated": round(found[v][0] / gated, 2) for v in others}
 
 
 def by_seed(rows: list[dict], world_name: str) -> list[list[dict]]:

@@ -5,18 +5,11 @@ import itertools
 import altair as alt
 import torch
 
-from gated_sae import GatedSAE, StandardSAE
-from results.measure import METRICS, Recipe, as_markdown, at_levels, curves, swept
+from results.measure import METRICS, as_markdown, at_equal_compute, at_levels, curves, swept
 from toy_data import SuperpositionData
 
 D_IN, N_FEATURES, ACTIVE = 64, 256, 5
-# A Gated step has three products with a weight matrix where a Standard one has two, so at equal
-# training compute the Standard SAE may be 1.5 times as wide.
-COMPARED = {
-    "Standard": Recipe(StandardSAE, (0.2, 1.6), d_sae=N_FEATURES),
-    "Standard 1.5x": Recipe(StandardSAE, (0.2, 1.6), d_sae=3 * N_FEATURES // 2),
-    "Gated": Recipe(GatedSAE, (0.4, 2.8), d_sae=N_FEATURES),
-}
+COMPARED = at_equal_compute((0.2, 1.6), (0.4, 2.8), N_FEATURES)
 
 
 def sweep(steps, seed=0, n_l1=10, batch=512) -> list[dict]:
@@ -39,13 +32,8 @@ def sweep(steps, seed=0, n_l1=10, batch=512) -> list[dict]:
 
 def comparison(table: list[dict], levels=(0.125, 0.15, 0.2, 0.25, 0.3, 0.4)) -> list[dict]:
     """At each FVU that all kinds reach: L0 and γ of each, and L0 as a multiple of Gated's."""
-    return [
-        {"FVU": fvu}
-        | {f"L0 {variant}": round(l0, 2) for variant, (l0, _) in found.items()}
-        | {f"γ {variant}": round(gamma, 3) for variant, (_, gamma) in found.items()}
-        | ratios
-        for fvu, found, ratios in at_levels(table, COMPARED, levels)
-    ]
+    found = at_levels(table, COMPARED, levels, {"γ": "gamma"})
+    return [{"FVU": fvu} | row for fvu, row in found]
 
 
 def verdict(table: list[dict]) -> str:

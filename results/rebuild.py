@@ -24,11 +24,8 @@ def as_json(name: str, content) -> str:
 
 def filled(text: str, places: dict[str, str]) -> str:
     """The text of README.md, with what belongs between each pair of markers."""
-    for place, content in places.items():
-        start, end = (f"<!-- {slash}{place} -->" for slash in ("", "/"))
-        between = re.compile(f"{start}.*?{end}", re.S)
-        text = between.sub(lambda _: f"{start}\n\n{content}\n\n{end}", text)  # noqa: B023
-    return text
+    between = rf"(<!-- ({'|'.join(places)}) -->).*?(<!-- /\2 -->)"
+    return re.sub(between, lambda m: f"{m[1]}\n\n{places[m[2]]}\n\n{m[3]}", text, flags=re.S)
 
 
 def main(arguments: list[str] | None = None) -> None:
