@@ -28,7 +28,7 @@ from gated_sae import GatedSAE, sparse_losses, step_on_unit_norm, train
 from toy_data import SuperpositionData
 
 SIZES = ((512, 64, 256, 6), (1024, 128, 1024, 16), (2048, 512, 4096, 32), (2048, 512, 16384, 64))
-LR, L1, HERE = 1e-9, 0.1, Path(__file__).resolve().parent
+LR, L1, ROOT = 1e-9, 0.1, Path(__file__).resolve().parent.parent
 logging.disable(logging.ERROR)  # which peers are full of
 warnings.simplefilter("ignore")
 
@@ -42,26 +42,22 @@ def problem(batch, d_in, d_sae, l0):
     return x, W_dec, -z.kthvalue(int(len(z) * (1 - l0 / d_sae))).values.item()
 
 
-def fill(sae, W_dec, bias):
+def filled(sae, W_dec, bias):
     sae.W_dec.data[:], sae.W_enc.data[:], sae.b_gate.data[:] = W_dec, W_dec.T, bias
+    return sae
 
 
-def ours(losses):
+def ours(losses, x, W_dec, bias):
     """Our training step, with `losses` a function of an SAE and x."""
+    sae = filled(GatedSAE(x.shape[1], len(W_dec)), W_dec, bias)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=LR, betas=(0.0, 0.999), fused=True)
 
-    def build(x, W_dec, bias):
-        sae = GatedSAE(x.shape[1], len(W_dec))
-        fill(sae, W_dec, bias)
-        optimizer = torch.optim.Adam(sae.parameters(), lr=LR, betas=(0.0, 0.999), fused=True)
+    def step(x):
+        optimizer.zero_grad()
+        losses(sae, x).total(L1).backward()
+        step_on_unit_norm(optimizer, sae.W_dec)
 
-        def step(x):
-            optimizer.zero_grad()
-            losses(sae, x).total(L1).backward()
-            step_on_unit_norm(optimizer, sae.W_dec)
-
-        return step
-
-    return build
+    return step
 
 
 def saelens_model(d_in, d_sae):
@@ -74,13 +70,9 @@ def saelens(x, W_dec, bias):
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    sae = saelens_model(x.shape[1], len(W_dec))
-    fill(sae, W_dec, bias)
-    rates = dict(lr=LR, lr_end=LR)
-    config = SAETrainerConfig(
-        total_training_samples=10**9, train_batch_size_samples=len(x), **rates
-    )
-    return SAETrainer(config, sae, iter(())).step
+    sae = filled(saelens_model(x.shape[1], len(W_dec)), W_dec, bias)
+    rows = dict(total_training_samples=10**9, train_batch_size_samples=len(x))
+    return SAETrainer(SAETrainerConfig(lr=LR, lr_end=LR, **rows), sae, iter(())).step
 
 
 def dictionary_learning(x, W_dec, bias):
@@ -94,8 +86,8 @@ def dictionary_learning(x, W_dec, bias):
 
 
 RUNS = {
-    "sparse": ours(sparse_losses),
-    "dense": ours(GatedSAE.losses),
+    "sparse": partial(ours, sparse_losses),
+    "dense": partial(ours, GatedSAE.losses),
     "product": lambda x, W_dec, bias: partial(torch.matmul, other=W_dec.T.contiguous()),
     "SAELens": saelens,
     "dictionary-learning": dictionary_learning,
@@ -132,10 +124,10 @@ def ratio(times, name, base):
     return f"{median(a) / median(b):8.2f} ({min(a) / min(b):.2f})"
 
 
-def apart(call):
-    """What a call of a function in this file prints, in a fresh process."""
-    command = [sys.executable, "-c", f"import bench; bench.{call}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+def apart(call, before="import sys; sys.path.append('tests'); from bench import *"):
+    """What a call of a function in this file, say, prints in a fresh process."""
+    command = [sys.executable, "-c", f"{before}; {call}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return done.stdout.splitlines()[-1] if done.returncode == 0 else f"failed: {done.stderr[-300:]}"
 
 
@@ -153,8 +145,8 @@ def print_memory(name, size):
 def print_compiled(size):
     """In a process of its own: peers may import what torch.compile cannot bear."""
     x, W_dec, bias = problem(*size)
-    compiled = ours(torch.compile(lambda sae, x: sae.losses(x)))(x, W_dec, bias)
-    runs = {"compiled": compiled, "dense": RUNS["dense"](x, W_dec, bias)}
+    losses = {"compiled": torch.compile(lambda sae, x: sae.losses(x)), "dense": GatedSAE.losses}
+    runs = {name: ours(each, x, W_dec, bias) for name, each in losses.items()}
     print(ratio(interleaved(runs, x, 3), "compiled", "dense"))
 
 
@@ -196,9 +188,8 @@ def main(quick):
     times = interleaved(runs, x, seconds)
     for width in widths:
         print(f"    {width:6}{ratio(times, width, 1024)}")
-    clock = "import time, torch; t = time.time(); import gated_sae; print(time.time() - t)"
-    command = [sys.executable, "-c", clock]
-    imports = [float(subprocess.check_output(command, cwd=HERE.parent)) for _ in range(5)]
+    clock = "t = time.time(); import gated_sae; print(time.time() - t)"
+    imports = [float(apart(clock, before="import time, torch")) for _ in range(5)]
     print(f"\nimport of gated_sae beyond torch's: {median(imports):.3f} s")
     if "SAELens" in names:
         print(f"12 λ, 64 x 256, batch 512, {steps} steps: SAELens / ours {sweep(steps):.2f}")

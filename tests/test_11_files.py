@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors
@@ -29,7 +30,7 @@ def test_what_is_saved_is_loaded(tmp_path_factory, variant, size, seed, stack, d
     """Bit for bit, with all options: the loaded SAE has the same config, outputs and losses."""
     folder = tmp_path_factory.mktemp("sae") / "new" / "folder"
     sae = random_sae(variant, size, seed, stack=stack).to(dtype)
-    save(sae, folder)
+    save(sae, f"{folder}/")  # a slash does not make it another folder
     loaded = load(folder)
     assert type(loaded) is type(sae)
     assert loaded.config == sae.config
@@ -112,20 +113,14 @@ def test_a_killed_save_leaves_a_whole_sae_or_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "name"),
-    [(Path, "write_text"), (safetensors.torch, "save_file"), (Path, "rename")],
+    ("module", "name"), [(Path, "write_text"), (safetensors.torch, "save_file"), (Path, "rename")]
 )
-def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch, module, name):
+def test_a_save_that_fails_leaves_nothing(tmp_path, module, name):
     """A full disk, say, at either file, or at the end."""
-    error = safetensors.SafetensorError if name == "save_file" else OSError
-
-    def fails(*args):
-        raise error("No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, fails)
-        with pytest.raises(OSError, match="No space left"):
-            save(GatedSAE(4, 6), tmp_path / "a")
+    kind = safetensors.SafetensorError if name == "save_file" else OSError
+    full = mock.patch.object(module, name, side_effect=kind("No space left on device"))
+    with full, pytest.raises(OSError, match="No space left"):
+        save(GatedSAE(4, 6), tmp_path / "a")
     assert not [*tmp_path.iterdir()]
     save(GatedSAE(4, 6), tmp_path / "a")
 
@@ -152,6 +147,7 @@ def folder(tmp_path):
         ("expected .* of one of", [dict(architecture=["gated"]), dict(d_sae=10**18)]),
         ("tied=1, .*expected a bool", [dict(tied=1)]),
         ("'topk'.*expected.*'relu'", [dict(activation_fn_str="topk")]),
+        ("'(a|normalize)': (4.0|True).*expected", [dict(a=4.0), dict(normalize=True)]),  # of old
         ("'apply_b_dec_to_input': False.*expected.*: True", [dict(apply_b_dec_to_input=False)]),
         ("'layer_norm'.*expected.*'none'", [dict(normalize_activations="layer_norm")]),
         ("penalty is 'log9', expected one of", [dict(penalty="log9")]),
@@ -178,17 +174,13 @@ def test_missing_files_and_folders_are_named(folder, tmp_path):
             load(path)
 
 
-def test_weights_that_are_none_are_named_and_a_pickle_is_not_opened(folder):
-    content = (folder / WEIGHTS).read_bytes()
+def test_weights_that_do_not_fit_are_named_and_a_pickle_is_not_opened(folder):
+    content, tensors = (folder / WEIGHTS).read_bytes(), load_file(folder / WEIGHTS)
     torch.save(GatedSAE(4, 6).state_dict(), folder / "pickle")
     for broken in (*(content[:n] for n in (0, 1, 8, 100, -1)), (folder / "pickle").read_bytes()):
         (folder / WEIGHTS).write_bytes(broken)
         with pytest.raises(ValueError, match="SafetensorError.*expected .*sae_weights.safetensors"):
             load(folder)
-
-
-def test_foreign_weights_are_named(folder):
-    tensors = load_file(folder / WEIGHTS)
     fewer = {name: tensor for name, tensor in tensors.items() if name != "r_mag"}
     more, turned = {"W_extra": torch.zeros(2)}, {"W_enc": tensors["W_enc"].T.contiguous()}
     for foreign in (fewer, tensors | more, tensors | turned):
@@ -214,11 +206,10 @@ def test_saelens_folders_load_with_their_outputs_and_are_written_as_they_were(tm
     """Every key that SAELens itself wrote, with its value, and the same tensors."""
     theirs, ours = FIXTURES / f"saelens_{name}", tmp_path / "a"
     sae, recorded = load(theirs), load_file(theirs / "recorded.safetensors")
+    x = recorded["x"]
     assert type(sae) is gated_sae.KINDS[name]
     assert (recorded["f"] > 0).any()
-    assert_equal(
-        (sae.encode(recorded["x"]), sae(recorded["x"])), (recorded["f"], recorded["x_hat"])
-    )
+    assert_equal((sae.encode(x), sae(x)), (recorded["f"], recorded["x_hat"]))
     save(sae, ours)
     config, saved = (json.loads((folder / CONFIG).read_text()) for folder in (theirs, ours))
     config.pop("metadata")  # their version numbers
@@ -251,10 +242,9 @@ def test_states_for_dictionary_learning_come_back_as_they_went(variant, size, se
 
 @pytest.mark.parametrize("variant", ["gated untied", "jumprelu", "gated"])
 def test_what_dictionary_learning_has_not_is_named(variant):
+    sae = random_sae(variant, (4, 8), 0, stack=2 if variant == "gated" else ())
     with pytest.raises(ValueError, match="expected a single Standard or tied Gated SAE"):
-        to_dictionary_learning(
-            random_sae(variant, (4, 8), 0, stack=2 if variant == "gated" else ())
-        )
+        to_dictionary_learning(sae)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,6 +31,13 @@ def shifted(variant, size, seed, shift, **options):
     if size[1] > 2:
         bias.data[..., 0], bias.data[..., 1] = -1e3, 1e3
     return sae
+
+
+def plain(d_in, d_sae, rows, shift=0):
+    """A Gated SAE as it starts, but for its gates' biases, and normal rows."""
+    sae = GatedSAE(d_in, d_sae)
+    sae.b_gate.data += shift
+    return sae, torch.randn(rows, d_in, generator=torch.Generator().manual_seed(0))
 
 
 # -- The same losses and gradients -----------------------------------------------------------------
@@ -108,18 +116,15 @@ def test_what_has_no_such_path_refuses_it_and_trains_densely(variant):
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_where_torch_rounds_float32_products_the_losses_are_as_exact_as_the_dense(precision):
+def test_where_torch_rounds_products_the_losses_are_as_exact_as_the_dense(precision, request):
     """Under "medium" the factors of float32 products become bfloat16 on some CPUs."""
-    sae, x = GatedSAE(64, 256), torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    sae, x = plain(64, 256, rows=500)
     sae.b_gate.data -= (x @ sae.W_enc).quantile(0.95, dim=0)
     exact = copy.deepcopy(sae).double().losses(x.double())
     before = torch.get_float32_matmul_precision()
+    request.addfinalizer(partial(torch.set_float32_matmul_precision, before))
     torch.set_float32_matmul_precision(precision)
-    try:
-        terms = zip(sparse_losses(sae, x), sae.losses(x), exact, strict=True)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    for found, dense, truth in terms:
+    for found, dense, truth in zip(sparse_losses(sae, x), sae.losses(x), exact, strict=True):
         assert (found - truth).abs() <= 2 * (dense - truth).abs() + 1e-6 * truth
 
 
@@ -169,15 +174,13 @@ def test_no_open_gate_is_missed_where_all_roundings_pull_one_way(d_in):
 
 
 def test_where_bfloat16_is_fast_the_losses_are_the_same(monkeypatch):
-    sae, x = GatedSAE(256, 512), torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    sae.b_gate.data -= 2.5
-    looks, original = [], find_support
-    watched = lambda *args: looks.append(bool(args[3])) or original(*args)  # noqa: E731
-    monkeypatch.setattr(gated_sae, "find_support", watched)
+    sae, x = plain(256, 512, rows=64, shift=-2.5)
+    look = Mock(wraps=find_support)
+    monkeypatch.setattr(gated_sae, "find_support", look)
     for rough in (False, True):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda rough=rough: {"amx_bf16": rough})
         assert_equal(sparse_losses(sae, x), sae.losses(x))
-    assert looks == [False, True]
+    assert [bool(call.args[3]) for call in look.call_args_list] == [False, True]
 
 
 # -- Training --------------------------------------------------------------------------------------
@@ -198,9 +201,8 @@ def test_training_ends_where_the_dense_one_ends(variant, stack, every, device):
 
 def test_training_takes_the_sparse_path_once_few_latents_fire(monkeypatch):
     """Half fire at the start, few later; a stack of six is large enough to be worth it."""
-    taken, shares, original = [], [], sparse_losses
-    watch = lambda *args: taken.append(args) or original(*args)  # noqa: E731
-    monkeypatch.setattr(gated_sae, "sparse_losses", watch)
+    taken, shares = Mock(wraps=sparse_losses), []
+    monkeypatch.setattr(gated_sae, "sparse_losses", taken)
     data = SuperpositionData(16, 64, firing=0.03)
     options = dict(l1=3.0, steps=200, lr=1e-2, log_every=200, device="cpu")
     sae, dense = (GatedSAE(16, 64, stack=6, dtype=torch.float64) for _ in range(2))
@@ -210,15 +212,13 @@ def test_training_takes_the_sparse_path_once_few_latents_fire(monkeypatch):
         return dense.losses(x)
 
     list(train(dense, data.batches(512, seed=0), losses=watched, **options))
-    assert not taken
+    list(train(GatedSAE(16, 64), data.batches(512, seed=0), **options))  # small: dense is faster
+    assert not taken.called
     *_, last = train(sae, data.batches(512, seed=0), **options)
-    assert len(taken) == sum(share < 1 / 16 for share in shares)
-    assert 20 <= len(taken) <= 180
+    assert taken.call_count == sum(share < 1 / 16 for share in shares)
+    assert 20 <= taken.call_count <= 180
     assert last.metrics.l0.mean() < 4
     assert_equal(sae.state_dict(), dense.state_dict(), rtol=1e-5, atol=1e-7)
-    taken.clear()
-    list(train(GatedSAE(16, 64), data.batches(512, seed=0), **options))  # small: dense is faster
-    assert not taken
 
 
 # -- Work and memory -------------------------------------------------------------------------------
@@ -256,16 +256,9 @@ def test_a_dense_step_makes_three_products_on_its_way_forward(stack):
     assert seen.products == 3
 
 
-def wide(d_sae, batch):
-    """An SAE of which few latents fire on these rows."""
-    sae = GatedSAE(8, d_sae)
-    sae.b_gate.data -= 2
-    return sae, torch.randn(batch, 8, generator=torch.Generator().manual_seed(0))
-
-
 def test_the_sparse_step_keeps_no_dense_tensor_for_the_backward_pass():
     """Nor has it one: it works by blocks."""
-    sae, x = wide(4096, 1024)
+    sae, x = plain(8, 4096, rows=1024, shift=-2)
     before = alive()
     assert 0 < (sae.encode(x) > 0).float().mean() < 0.05
     with Seen() as seen:
@@ -278,7 +271,7 @@ def test_the_sparse_step_keeps_no_dense_tensor_for_the_backward_pass():
 
 def test_training_makes_no_dense_tensor_for_records_or_resampling():
     """Nor to find silent latents. Which all need f, or the rows' errors: of some rows at a time."""
-    sae, x = wide(2**15, 2 * 640)
+    sae, x = plain(8, 2**15, rows=2 * 640, shift=-2)
     with Seen() as seen:
         run = train(sae, x.split(640), l1=0.1, steps=2, resample_every=1, device="cpu", lr=1e-6)
         assert [record.metrics.l0 > 1 for record in run] == [True] * 2
