@@ -18,36 +18,35 @@ README = (ROOT / "README.md").read_text()
 NUMBER = re.compile(r"-?\d+\.\d+")
 
 
-def test_the_python_block_prints_what_the_text_block_shows(tmp_path):
-    """Same lines; numbers within 5%, for other CPUs round otherwise."""
-    code, shown = re.search(
-        r"```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", README, re.S
-    ).groups()
-    assert code.count("\n") <= 10
-    source = f"import sys, torch\nsys.path[:0] = [{str(ROOT)!r}]\ntorch.set_num_threads(1)\n{code}"
-    run = subprocess.run(
-        [sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+def blocks(language):
+    """A block of code, and the text block that it prints."""
+    form = rf"```{language}\n(.*?)```\n\nprints\n\n```text\n(.*?)```"
+    return re.search(form, README, re.S).groups()
+
+
+def assert_prints(commands, cwd, shown):
+    """The last of them: same words; numbers within 5%, for other CPUs round otherwise."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for command in commands:
+        args = [sys.executable, *command]
+        run = subprocess.run(args, cwd=cwd, capture_output=True, text=True, env=env)
+        assert run.returncode == 0, run.stderr
     assert NUMBER.sub("#", run.stdout).split() == NUMBER.sub("#", shown).split()
     printed, promised = (list(map(float, NUMBER.findall(text))) for text in (run.stdout, shown))
     assert printed == pytest.approx(promised, rel=0.05)
-    assert (tmp_path / "my_sae" / "cfg.json").exists()
+
+
+def test_the_python_block_prints_what_the_text_block_shows(tmp_path):
+    code, shown = blocks("python")
+    assert code.count("\n") <= 10
+    assert_prints([["-c", code]], tmp_path, shown)
+    assert gated_sae.load(tmp_path / "my_sae").d_sae == 256
 
 
 def test_the_commands_print_what_the_text_block_shows(tmp_path):
-    commands, shown = re.search(
-        r"```bash\n(.*?)```\n\nprints\n\n```text\n(.*?)```", README, re.S
-    ).groups()
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    for command in commands.splitlines():
-        _, script, *args = command.split()
-        args = [sys.executable, str(ROOT / script), *args]
-        run = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True, env=env)
-        assert run.returncode == 0, run.stderr
-    assert NUMBER.sub("#", run.stdout) == NUMBER.sub("#", shown)
-    printed, promised = (list(map(float, NUMBER.findall(text))) for text in (run.stdout, shown))
-    assert printed == pytest.approx(promised, rel=0.05)
+    commands, shown = blocks("bash")
+    commands = [command.split()[1:] for command in commands.splitlines()]
+    assert_prints([[str(ROOT / script), *args] for script, *args in commands], tmp_path, shown)
     assert gated_sae.load(tmp_path / "runs/a/sae").d_sae == 256
 
 

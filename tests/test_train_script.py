@@ -3,13 +3,16 @@
 import itertools
 import json
 import os
+import re
 import runpy
 import signal
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from resource import RLIM_INFINITY, RLIMIT_FSIZE, setrlimit
 
 import numpy as np
 import pytest
@@ -21,22 +24,14 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import gated_sae
 from examples import train
-from examples.train import Activations, main
+from examples.train import Activations
 from gated_sae import KINDS, Trainer, evaluate, load
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "train.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=4)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # last_checkpoint
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A run keeps the handlers that it sets."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def numbered(n, d=3):
@@ -44,19 +39,19 @@ def numbered(n, d=3):
     return np.arange(n, dtype=np.float32)[:, None] + np.linspace(0, 0.5, d, dtype=np.float32)
 
 
-def write_shards(folder, lengths, kind="npy"):
-    folder.mkdir(exist_ok=True)
-    rows = np.split(numbered(sum(lengths)), np.cumsum(lengths)[:-1])
-    for i, x in enumerate(rows):
-        if kind == "npy":
-            np.save(folder / f"{i:03}.npy", x)
-        else:
-            save_file({"activations": torch.from_numpy(x.copy())}, folder / f"{i:03}.safetensors")
-    return folder
-
-
 def where(x):
     return x[:, 0].long().tolist()
+
+
+def write_shards(folder, lengths, layout="=C", dtype="float32"):
+    for i, x in enumerate(np.split(numbered(sum(lengths)), np.cumsum(lengths)[:-1])):
+        if layout == "safetensors":
+            x = torch.from_numpy(x).to(getattr(torch, dtype))
+            save_file({"activations": x}, folder / f"{i:03}.safetensors")
+        else:
+            x = x.astype(np.dtype(dtype).newbyteorder(layout[0]), layout[1])
+            np.save(folder / f"{i:03}.npy", x)
+    return folder
 
 
 def all_rows(data):
@@ -66,27 +61,16 @@ def all_rows(data):
 # -- Activations from files ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["npy", "safetensors"])
-def test_shards_are_one_array_in_the_order_of_their_names(tmp_path, kind):
-    data = Activations(write_shards(tmp_path / "shards", [5, 1, 300, 7], kind))
-    assert (data.d_in, data.dtype, len(data.files)) == (3, torch.float32, 4)
-    assert torch.equal(all_rows(data), torch.from_numpy(numbered(313)))
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_any_floats_in_any_layout(tmp_path, dtype, order):
-    np.save(tmp_path / "a.npy", np.asarray(numbered(100).astype(dtype), order=order))
-    x = all_rows(Activations(tmp_path / "a.npy"))
-    assert x.dtype == torch.from_numpy(np.empty(0, np.dtype(dtype).newbyteorder("="))).dtype
-    assert np.array_equal(x.double().numpy(), numbered(100).astype(dtype).astype(float))
-
-
-def test_bfloat16_shards_and_hidden_files_which_are_none(tmp_path):
-    x = torch.randn(10, 3).bfloat16()
-    save_file({"x": x}, tmp_path / "a.safetensors")
+@pytest.mark.parametrize("layout", ["=C", "=F", ">C", ">F", "safetensors"])
+def test_shards_are_one_array_in_the_order_of_their_names(tmp_path, layout):
+    """Of any floats, in either order of bytes, and of axes. Hidden files are none of them."""
     (tmp_path / "._a.npy").write_bytes(b"resource fork")
-    assert torch.equal(all_rows(Activations(tmp_path)), x)
+    for dtype in ["float16", "float32", "float64"] + ["bfloat16"] * (layout == "safetensors"):
+        data = Activations(write_shards(tmp_path, [5, 1, 300, 7], layout, dtype))
+        x, expected = all_rows(data), torch.from_numpy(numbered(313)).to(getattr(torch, dtype))
+        assert (data.d_in, len(data.files)) == (3, 4)
+        assert data.dtype == x.dtype == expected.dtype
+        assert torch.equal(x, expected)
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=4), st.integers(1, 3000))
@@ -94,20 +78,12 @@ def test_the_last_rows_are_kept_aside(tmp_path_factory, lengths, held_out):
     folder, n = write_shards(tmp_path_factory.mktemp("shards"), lengths), sum(lengths)
     for given_or_not, least in ((held_out, held_out), (None, 1 + n // 20)):
         data = Activations(folder, given_or_not)
-        kept = where(data.rows(data.kept)) if len(data.kept) else []
-        assert kept == list(range(data.n, n))
-        assert min(n, least) <= len(kept) < least + max(1, n // 256)  # whole blocks
+        assert where(data.rows(data.kept)) == list(range(data.n, n))
+        assert min(n, least) <= n - data.n < least + max(1, n // 256)  # whole blocks
 
 
-@given(
-    st.lists(st.integers(1, 100), min_size=1, max_size=4),
-    st.integers(1, 50),
-    st.integers(0, 3),
-    st.sampled_from([1, 2**10, 2**28]),
-)
-def test_an_epoch_holds_every_row_once_but_for_what_fills_no_batch(
-    tmp_path_factory, lengths, batch, seed, held
-):
+@given(LENGTHS, st.integers(1, 50), st.integers(0, 3), st.sampled_from([1, 2**10, 2**28]))
+def test_an_epoch_holds_each_row_once(tmp_path_factory, lengths, batch, seed, held):
     data = Activations(write_shards(tmp_path_factory.mktemp("shards"), lengths))
     n = data.n
     if n < batch:
@@ -127,105 +103,36 @@ def test_an_epoch_holds_every_row_once_but_for_what_fills_no_batch(
         assert set(seen) <= set(range(n))  # and so none of those kept aside
 
 
-def test_rows_are_shuffled_by_the_seed_anew_in_each_epoch(tmp_path):
-    data = Activations(write_shards(tmp_path / "shards", [500, 600]), held_out=76)
-    first, second = ([where(x) for x in itertools.islice(data.batches(256, s), 8)] for s in (0, 1))
-    assert first[:4] != second[:4]
-    assert first[:4] != first[4:]
-    assert np.abs(np.diff(np.concatenate(first[:4]))).mean() > 200  # neighbours come from far apart
-
-
-def test_each_epoch_and_each_window_has_an_order_of_its_own(tmp_path, monkeypatch):
+def test_each_seed_each_epoch_and_each_window_has_an_order_of_its_own(tmp_path, monkeypatch):
     """Windows of one batch, which is one block of 64 rows."""
     np.save(tmp_path / "a.npy", numbered(256 * 64))
     monkeypatch.setattr(train, "WINDOW", 1)
     data = Activations(tmp_path / "a.npy", held_out=240 * 64)
-    windows = [where(x) for x in itertools.islice(data.batches(64, seed=0), 48)]
+    windows = [where(x) for s in (0, 1) for x in itertools.islice(data.batches(64, s), 48)]
     blocks = [x[0] // 64 for x in windows]
-    orders = {tuple(row % 64 for row in x) for x in windows}
     for x, block in zip(windows, blocks, strict=True):
         assert {row // 64 for row in x} == {block}
-    assert len({tuple(blocks[i : i + 16]) for i in (0, 16, 32)}) == 3
-    assert len(orders) == 48
+    assert len({tuple(blocks[i : i + 16]) for i in range(0, 96, 16)}) == 6
+    assert len({tuple(row % 64 for row in x) for x in windows}) == 96
 
 
 def test_little_more_is_in_memory_than_is_shuffled_at_once(tmp_path, monkeypatch):
     """Windows of 1024 rows out of 65 536."""
     np.save(tmp_path / "a.npy", numbered(2**16, 4))
     monkeypatch.setattr(train, "WINDOW", 2**10 * 4 * 4)
-    data, most, total, read = Activations(tmp_path / "a.npy", 64), 0, 0, train.read
+    data, lengths, read = Activations(tmp_path / "a.npy", 64), [], train.read
 
     def watched(file, first, last):
-        nonlocal most, total
-        most, total = max(most, last - first), total + last - first
+        lengths.append(last - first)
         return read(file, first, last)
 
     monkeypatch.setattr(train, "read", watched)
-    x = torch.cat(list(itertools.islice(data.batches(256, seed=0), 12)))
-    assert most == 64
-    assert total <= 4 * 1024  # three windows, and the next
-    assert len(set(where(x))) == 3 * 1024
-    assert max(where(x)) - min(where(x)) > 60_000
-
-
-# -- What is refused -------------------------------------------------------------------------------
-
-
-def broken_files(folder):
-    """Files that hold no activations."""
-    folder.mkdir()
-    np.save(folder / "objects.npy", np.array([[1, "a"]], dtype=object))
-    np.save(folder / "integers.npy", np.ones((4, 3), dtype=np.int64))
-    np.save(folder / "flat.npy", np.ones(4, dtype=np.float32))
-    np.save(folder / "empty.npy", np.ones((0, 3), dtype=np.float32))
-    np.save(folder / "short.npy", numbered(1000))
-    os.truncate(folder / "short.npy", 5000)
-    (folder / "text.npy").write_text("no array")
-    (folder / "nothing.npy").write_bytes(b"")
-    np.savez(folder / "zip", a=numbered(3))
-    os.replace(folder / "zip.npz", folder / "zip.npy")
-    save_file({"a": torch.ones(2, 2), "b": torch.ones(2, 2)}, folder / "two.safetensors")
-    (folder / "text.safetensors").write_text("no tensors")
-    return sorted(folder.iterdir())
-
-
-def test_a_file_or_folder_without_activations_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no \.npy or \.safetensors file"):
-        Activations(tmp_path)
-    for file in [*broken_files(tmp_path / "broken"), tmp_path / "missing.npy"]:
-        with pytest.raises(ValueError, match=f"{file.name}: .*expected one array"):
-            Activations(file)
-
-
-def test_an_object_array_is_not_unpickled(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "boom"),)
-
-    np.save(tmp_path / "a.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"a\.npy"):
-        Activations(tmp_path / "a.npy")
-    assert not (tmp_path / "boom").exists()
-
-
-@pytest.mark.parametrize("other", [numbered(4, d=5), numbered(4).astype(np.float64)])
-def test_shards_that_differ_are_named(tmp_path, other):
-    np.save(tmp_path / "a.npy", numbered(4))
-    np.save(tmp_path / "b.npy", other)
-    with pytest.raises(ValueError, match=r"a\.npy.*b\.npy.*expected all alike"):
-        Activations(tmp_path)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_bad_row_is_named_by_file_and_number(tmp_path, bad):
-    folder = write_shards(tmp_path / "shards", [100, 200])
-    x = np.load(folder / "001.npy")
-    x[17, 1], x[20] = bad, bad
-    np.save(folder / "001.npy", x)
-    data = Activations(folder, held_out=1)
-    for read in (all_rows, lambda data: next(data.batches(299, seed=0))):
-        with pytest.raises(ValueError, match=r"001\.npy: NaN or infinity in row (17|20)$"):
-            read(data)
+    x = where(torch.cat(list(itertools.islice(data.batches(256, seed=0), 12))))
+    assert max(lengths) == 64
+    assert sum(lengths) <= 4 * 1024  # three windows, and the next
+    assert len(set(x)) == 3 * 1024
+    assert max(x) - min(x) > 60_000
+    assert np.abs(np.diff(x)).mean() > 10_000  # neighbours come from far apart
 
 
 # -- The command line ------------------------------------------------------------------------------
@@ -240,179 +147,219 @@ def activations(tmp_path_factory):
     return file
 
 
-def options(activations, out, *more):
-    files = [str(activations), "--out", str(out), "--device", "cpu", "--checkpoint-every", "7"]
-    return [*files, "--d-sae", "16", "--l1", "0.3", "--batch", "64", "--lr", "1e-2", *more]
+def options(file, out, more=""):
+    words = "--device cpu --checkpoint-every 7 --d-sae 16 --l1 0.3 --batch 64 --lr 1e-2"
+    return [str(file), "--out", str(out), *words.split(), *more.split()]
 
 
-def status(*arguments):
-    """What the script ends with: None or 0, a line of error, which means 1, or 2."""
+def status(arguments, events=(), **replaced):
+    """What the script ends with: None or 0, a line of error, which means 1, or 2.
+
+    `events` come to batches, before the step after so many. Handlers that a run leaves go at once:
+    with them pytest would outlive a SIGTERM to its process group, and its children would not.
+    """
+    step, handlers = Trainer.step, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def eventful(self, x):
+        if self.done in events:
+            events[self.done](x)
+        return step(self, x)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *arguments])
+        patch.setattr(Trainer, "step", eventful)
+        for name, function in replaced.items():
+            patch.setattr(gated_sae, name, function)
         try:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         except SystemExit as stop:
             return stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return None
 
 
-def refused(*arguments):
-    line = status(*arguments)
+def run(file, out, more="", **changes):
+    """A run that ends well, and its folder."""
+    assert status(options(file, out, more), **changes) is None
+    return out
+
+
+def refused(file, out, more="", **changes):
+    line = status(options(file, out, more), **changes)
     assert str(line).startswith("error: ")
     assert len(line.splitlines()) == 1
     return line
 
 
+def processes(*command, changes=({},), code=0, cwd=None):
+    """Processes of Python at once, which end with `code`, each with changes of the environment."""
+    command = [sys.executable, *map(str, command)]
+    how = dict(cwd=cwd, timeout=400, capture_output=True, text=True)
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(subprocess.run, command, env=ENVIRONMENT | c, **how) for c in changes]
+    done = [run.result() for run in runs]
+    assert {process.returncode for process in done} == {code}, [process.stderr for process in done]
+    return done
+
+
 def contents(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 def last_checkpoint(out):
     """The one that there is: its step, and all that it holds."""
     (folder,) = out.glob("checkpoint-*")
     dcp_to_torch_save(folder, out / "state.pt")
-    state = torch.load(out / "state.pt")
-    (out / "state.pt").unlink()
-    return int(folder.name.removeprefix("checkpoint-")), state
+    return int(folder.name.removeprefix("checkpoint-")), torch.load(out / "state.pt")
 
 
-def assert_same_end(a, b):
-    """Two runs ended in the same bits, in all that the next step would depend on."""
+def assert_same_end(a, b, rtol=0, atol=0):
+    """Two runs ended in the same bits, or nearly, in all that the next step would depend on."""
     (done, one), (other_done, other) = map(last_checkpoint, (a, b))
     assert done == other_done
     assert one["weights"].keys() == one["adam"].keys()
     assert {"step", "exp_avg", "exp_avg_sq"} == set(one["adam"]["sae.W_dec"])
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-    for file in ("cfg.json", "sae_weights.safetensors"):
-        assert (a / "sae" / file).read_bytes() == (b / "sae" / file).read_bytes()
+    torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+    one, other = (load(folder / "sae").state_dict() for folder in (a, b))
+    torch.testing.assert_close(one, other, rtol=0, atol=atol)
+    for file in ("sae/cfg.json", "log.jsonl" if atol else "sae/sae_weights.safetensors"):
+        assert (a / file).read_bytes() == (b / file).read_bytes()
 
 
 @pytest.mark.parametrize("variant", sorted(KINDS))
 def test_what_is_trained_is_what_the_module_trains(activations, tmp_path, variant):
-    main(options(activations, tmp_path / "a", "--variant", variant, "--steps", "9"))
+    saved = load(run(activations, tmp_path / "a", f"--variant {variant} --steps 9") / "sae")
     batches = list(itertools.islice(Activations(activations).batches(64, seed=0), 9))
     sae = KINDS[variant](8, 16)
     sae.b_dec.data.copy_(batches[0].double().mean(0))
     trainer = Trainer(sae, l1=0.3, steps=9, lr=1e-2, device="cpu")
     for x in batches:
         trainer.step(x)
-    saved = load(tmp_path / "a" / "sae")
     assert saved.config == sae.config
     torch.testing.assert_close(saved.state_dict(), sae.state_dict(), rtol=0, atol=0)
 
 
 def test_a_run_reads_each_row_once_and_measures_on_rows_kept_aside(activations, tmp_path, capsys):
-    out = tmp_path / "a"
-    main(options(activations, out))
-    found, shown = capsys.readouterr()
-    for name in ("loss=", "L0=", "FVU=", "gamma="):
-        assert name in shown
+    out = run(activations, tmp_path / "a")
+    line, shown = capsys.readouterr()
+    assert re.search("loss=.*L0=.*FVU=.*gamma=", shown)
     x = np.load(activations)
     last = (n := Activations(activations).n) // 64
     assert last_checkpoint(out)[0] == last
     m = evaluate(load(out / "sae"), [torch.from_numpy(x[n:])])
-    words = found.split()
-    assert [words[0], words[2], words[4]] == ["L0", "FVU", "gamma"]
-    values = [float(word.strip(",")) for word in words[1:6:2]]
+    says = rf"L0 (\S+), FVU (\S+), gamma (\S+) on {len(x) - n} rows kept aside\n"
+    values = [float(word) for word in re.fullmatch(says, line).groups()]
     assert values == pytest.approx([m.l0.item(), m.fvu.item(), m.gamma.item()], rel=1e-3)
-    assert words[6:] == ["on", str(len(x) - n), "rows", "kept", "aside"]
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 100, last]
     assert set(records[0]) == {"step", "loss", "L0", "FVU", "gamma"}
 
 
 def test_bfloat16_keeps_float32_weights(activations, tmp_path):
-    for dtype in ("float32", "bfloat16", "float64"):
-        main(options(activations, tmp_path / dtype, "--steps", "5", "--dtype", dtype))
-    a, b, c = (load(tmp_path / d / "sae").W_enc for d in ("float32", "bfloat16", "float64"))
+    dtypes = "float32", "bfloat16", "float64"
+    outs = [run(activations, tmp_path / d, f"--steps 5 --dtype {d}") for d in dtypes]
+    a, b, c = (load(out / "sae").W_enc for out in outs)
     assert (b.dtype, c.dtype) == (torch.float32, torch.float64)
     assert 0 < (a - b).abs().max() < 0.1
 
 
-WRONG = ["--d-sae 0", "--l1 -1", "--l1 nan", "--lr 0", "--lr inf", "--seed -1", "--held-out 0"]
-WRONG += ["--variant gate", "--batch 1.5", "--dtype int8", "--no-such-option"]
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_command_that_makes_no_sense_exits_with_2(activations, tmp_path, wrong, capsys):
-    assert status(*options(activations, tmp_path / "a", *wrong.split())) == 2
-    assert not (tmp_path / "a").exists()
-    assert "error: " in capsys.readouterr().err
-
-
-def test_help_is_the_docstring_and_the_options(capsys):
-    assert status("--help") == 0
+def test_help_and_what_makes_no_sense(activations, tmp_path, capsys):
+    assert status(["--help"]) == 0
     assert train.__doc__ in capsys.readouterr().out
+    wrong = ["--d-sae 0", "--l1 -1", "--l1 nan", "--lr 0", "--lr inf", "--seed -1", "--held-out 0"]
+    wrong += ["--variant gate", "--batch 1.5", "--dtype int8", "--no-such-option"]
+    for more in wrong:
+        assert status(options(activations, tmp_path / "a", more)) == 2
+        assert "error: " in capsys.readouterr().err
+        assert not (tmp_path / "a").exists()
 
 
-def test_failed_work_is_one_line_and_exits_with_1(activations, tmp_path, monkeypatch):
-    out, bad = tmp_path / "a", numbered(500, 8)
-    bad[3] = np.nan
-    np.save(tmp_path / "nan.npy", bad)
-    broken = broken_files(tmp_path / "broken")
-    for file in [*broken, tmp_path / "missing.npy", tmp_path / "nan.npy"]:
-        assert file.name in refused(*options(file, out))
-    n = Activations(activations).n
-    line = refused(*options(activations, out, "--batch", "20000"))
-    assert f"{n} rows to train on, expected a batch of 20000" in line
-    line = refused(*options(activations, out, "--held-out", "12345"))
-    assert "0 rows to train on" in line
-    assert "nowhere" in refused(*options(activations, out, "--device", "nowhere"))
-    for world in ("two", "0", "-1", ""):
-        monkeypatch.setenv("WORLD_SIZE", world)
-        line = refused(*options(activations, out))
-        assert f"WORLD_SIZE is {world!r}, expected a positive number" in line
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "--batch is 64, expected a multiple of 3" in refused(*options(activations, out))
-    more = "--batch", "66", "--resample-every", "5"
-    assert "--resample-every" in refused(*options(activations, out, *more))
-    assert not out.exists()
+def test_data_that_will_not_do_is_named(tmp_path, tmp_path_factory):
+    """And not unpickled."""
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "boom"),)
+
+    np.save(tmp_path / "objects.npy", np.array([[Bomb()]], dtype=object))
+    np.save(tmp_path / "integers.npy", np.ones((4, 3), dtype=np.int64))
+    np.save(tmp_path / "flat.npy", np.ones(4, dtype=np.float32))
+    np.save(tmp_path / "empty.npy", np.ones((0, 3), dtype=np.float32))
+    np.save(tmp_path / "short.npy", numbered(1000))
+    os.truncate(tmp_path / "short.npy", 5000)
+    np.savez(tmp_path / "zip", a=numbered(3))
+    os.replace(tmp_path / "zip.npz", tmp_path / "zip.npy")
+    save_file({"a": torch.ones(2, 2), "b": torch.ones(2, 2)}, tmp_path / "two.safetensors")
+    for name, text in ("text.npy", "no array"), ("nothing.npy", ""), ("a.safetensors", "none"):
+        (tmp_path / name).write_text(text)
+    files = [*tmp_path.iterdir(), tmp_path / "missing.npy"]
+    cases = [(file, f"{file.name}: .*expected one array") for file in files]
+    cases += [(tmp_path_factory.mktemp("none"), r"holds no \.npy or \.safetensors file")]
+    alike = r"000\.npy.*001\.npy.*expected all alike"
+    shards = [(numbered(200, d=5), alike), (numbered(200).astype(np.float64), alike)]
+    for bad in (np.nan, np.inf, -np.inf):
+        shards.append((x := numbered(200), r"001\.npy: NaN or infinity in row (17|20)$"))
+        x[17, 1] = x[20] = bad
+    for x, expected in shards:
+        folder = write_shards(tmp_path_factory.mktemp("shards"), [100, 200])
+        np.save(folder / "001.npy", x)
+        cases.append((folder, expected))
+    for path, expected in cases:
+        for read in (all_rows, lambda data: next(data.batches(299, seed=0))):
+            with pytest.raises(ValueError, match=expected):
+                read(Activations(path, held_out=1))
+        assert re.search(expected, refused(path, tmp_path / "a"))
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "boom").exists()
 
 
-def test_nothing_is_written_over(activations, tmp_path):
-    """Another run, with or without --resume; other things; a file. An empty folder will do."""
-    out, other = tmp_path / "a", tmp_path / "b"
-    out.mkdir()
-    main(options(activations, out, "--steps", "9"))
-    before = contents(out)
-    assert "expected a new folder, or --resume" in refused(*options(activations, out))
-    line = refused(*options(activations, out, "--steps", "10", "--l1", "2", "--resume"))
-    assert "'l1': (0.3, 2.0)" in line
-    assert "'steps': (9, 10)" in line
-    assert "'lr'" not in line
-    np.save(tmp_path / "fewer.npy", np.load(activations)[:9000])
-    line = refused(*options(tmp_path / "fewer.npy", out, "--steps", "9", "--resume"))
-    assert "'rows': (" in line
-    assert contents(out) == before
-    (out / "checkpoint-000000009").rename(out / "checkpoint-000000009-mine")
-    assert "expected a new folder" in refused(*options(activations, out, "--resume"))
+def test_failed_work_is_one_line_and_nothing_is_written_over(activations, tmp_path, monkeypatch):
+    """Neither is a step taken: another run, with or without --resume; other things; a file."""
+    fewer, new, out, other = (tmp_path / name for name in ("fewer.npy", "new", "out", "other"))
+    np.save(fewer, np.load(activations)[:9000])
+    out.mkdir()  # an empty folder will do
+    run(activations, out, "--steps 9")
     other.mkdir()
-    (other / "thesis.txt").write_text("mine")
-    assert "b exists" in refused(*options(activations, other))
-    for more in ([], ["--resume"]):
-        assert "thesis.txt" in refused(*options(activations, other / "thesis.txt", *more))
-    assert contents(other) == {other / "thesis.txt": b"mine"}
-
-
-def test_a_folder_that_cannot_be_made_stops_the_run_at_once(activations, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("mine")
-    steps, step = [], Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda *args: steps.append(1) or step(*args))
-    assert "file" in refused(*options(activations, tmp_path / "file" / "a"))
+    (thesis := other / "thesis.txt").write_text("mine")
+    n, before, steps = Activations(activations).n, contents(tmp_path), []
+    differ = r"{'l1': \(0.3, 2.0\), 'steps': \(9, 10\)}$"
+    world = "WORLD_SIZE is {!r}, expected a positive number".format
+    for world, file, folder, more, expected in [
+        ("1", activations, new, "--batch 20000", f"error: {n} rows .*, expected a batch of 20000"),
+        ("1", activations, new, "--held-out 12345", "error: 0 rows to train on"),
+        ("1", activations, new, "--device nowhere", "nowhere"),
+        *((w, activations, new, "", world(w)) for w in ("two", "0", "-1", "")),
+        ("3", activations, new, "", "--batch is 64, expected a multiple of 3"),
+        ("3", activations, new, "--batch 66 --resample-every 5", "--resample-every"),
+        ("1", activations, out, "", "expected a new folder, or --resume"),
+        ("1", activations, out, "--steps 10 --l1 2 --resume", differ),
+        ("1", fewer, out, "--steps 9 --resume", r"'rows': \("),
+        ("1", activations, other, "", "other exists"),
+        ("1", activations, thesis, "", "thesis.txt"),
+        ("1", activations, thesis, "--resume", "thesis.txt"),
+        ("1", activations, thesis / "a", "", "thesis.txt"),
+    ]:
+        monkeypatch.setenv("WORLD_SIZE", world)
+        line = refused(file, folder, more, events=dict.fromkeys(range(20), steps.append))
+        assert re.search(expected, line)
+        assert contents(tmp_path) == before
     assert not steps
+    (out / "checkpoint-000000009").rename(out / "checkpoint-000000009-mine")
+    assert "expected a new folder" in refused(activations, out, "--resume")
 
 
 def test_a_broken_checkpoint_is_named(activations, tmp_path):
-    args = options(activations, out := tmp_path / "a", "--steps", "9")
-    main(args)
+    out, more = run(activations, tmp_path / "a", "--steps 9"), "--steps 9 --resume"
     whole = contents(out / "checkpoint-000000009")
     assert len(whole) == 2
     for file, bits in whole.items():
         for broken in (b"", b"no checkpoint", bits[: len(bits) // 2]):
             file.write_bytes(broken)
-            assert "checkpoint-000000009" in refused(*args, "--resume")
+            assert "checkpoint-000000009" in refused(activations, out, more)
         file.write_bytes(bits)
-    assert status(*args, "--resume") is None
+    run(activations, out, more)
 
 
 # -- Stopped, and gone on with ---------------------------------------------------------------------
@@ -421,234 +368,139 @@ def test_a_broken_checkpoint_is_named(activations, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(activations, tmp_path, number):
     """Stopped in steps 3, 13, 23 and so on. Some latents fire on a row, then on none for long."""
-    more = ["--steps", "40", "--resample-every", "6", "--checkpoint-every", "1000"]
-    more += ["--batch", "2", "--d-sae", "40"]
-    main(options(activations, tmp_path / "whole", *more))
-    step, out = Trainer.step, tmp_path / "parts"
+    more = "--steps 40 --resample-every 6 --checkpoint-every 1000 --batch 2 --d-sae 40"
+    whole, out = run(activations, tmp_path / "whole", more), tmp_path / "parts"
 
-    def interrupted(self, x):
-        if self.done % 10 == 2:
-            os.kill(os.getpid(), number)
-            assert signal.getsignal(number) is signal.SIG_DFL  # the second is not caught
-        return step(self, x)
+    def interrupt(x):
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.SIG_DFL  # the second is not caught
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", interrupted)
-        for done in (3, 13, 23, 33):
-            line = refused(*options(activations, out, *more, "--resume"))
-            assert f"stopped after step {done} of 40" in line
-            assert last_checkpoint(out)[0] == done
-            assert not (out / "sae").exists()
-        main(options(activations, out, *more, "--resume"))
-    assert_same_end(tmp_path / "whole", out)
+    events = dict.fromkeys((2, 12, 22, 32), interrupt)
+    for done in (3, 13, 23, 33):
+        line = refused(activations, out, f"{more} --resume", events=events)
+        assert f"stopped after step {done} of 40" in line
+        assert last_checkpoint(out)[0] == done
+        assert not (out / "sae").exists()
+    assert_same_end(whole, run(activations, out, f"{more} --resume", events=events))
 
 
-KILL = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch._dynamo  # or each child would take a second to import it
-from examples import train
-out, chance, steps, in_writing = Path(sys.argv[1]), random.Random(0), set(), 0
-names = lambda: sorted(path.name for path in out.glob("checkpoint-*"))
-for kill in range(1000):
-    before, child = names(), os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        train.main(sys.argv[2:])
-        os._exit(0)
-    end = time.time() + (chance.uniform(0, 0.2) if kill % 5 == 0 else 10)
-    while kill < 30 and names() == before and time.time() < end:
-        time.sleep(0.001)
-    if kill < 30:
+def killed(out, *arguments):
+    """30 forks go on with a run and are killed, most of them soon after a checkpoint."""
+    import torch._dynamo  # noqa: F401 - or each fork would take a second to import it
+
+    out, chance, steps, in_writing = Path(out), np.random.default_rng(0), set(), 0
+    for kill in range(30):
+        before, child = [*out.glob("checkpoint-*")], os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            sys.exit(train.main(arguments))
+        end = time.time() + (chance.uniform(0, 0.2) if kill % 5 == 0 else 10)
+        while [*out.glob("checkpoint-*")] == before and time.time() < end:
+            time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status):
-        break
-    steps.update(names()[-1:])
-    in_writing += (out / "checkpoint.new").exists()
-print(len(steps), in_writing, file=sys.stderr)
-sys.exit(os.WEXITSTATUS(status))
-"""
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL  # it had not ended of itself
+        steps.update(sorted(out.glob("checkpoint-*"))[-1:])
+        in_writing += (out / "checkpoint.new").exists()
+    assert len(steps) >= 20, steps
+    assert in_writing >= 5, in_writing
 
 
 def test_a_run_killed_at_any_moment_ends_in_the_same_bits(activations, tmp_path):
     """By SIGKILL, after 20 different steps at least, and in the middle of writing."""
-    more = ["--steps", "400", "--resample-every", "50", "--checkpoint-every", "2"]
-    main(options(activations, tmp_path / "whole", *more))
-    args = options(activations, tmp_path / "killed", *more, "--resume")
-    command = [sys.executable, "-c", KILL, str(tmp_path / "killed"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    n_steps, n_writing = map(int, done.stderr.split())
-    assert n_steps >= 20
-    assert n_writing >= 5
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    more, out = "--steps 400 --resample-every 50 --checkpoint-every 2 --resume", tmp_path / "killed"
+    processes(__file__, "killed", out, *options(activations, out, more))
+    whole = run(activations, tmp_path / "whole", more.removesuffix(" --resume"))
+    assert_same_end(whole, run(activations, out, more))
 
 
-FULL = """
-import runpy, signal, sys, gated_sae
-from resource import RLIM_INFINITY, RLIMIT_FSIZE, setrlimit
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-step, (_, script, *args) = gated_sae.Trainer.step, sys.argv
-def limited(self, x):
-    if self.done == 10:
-        setrlimit(RLIMIT_FSIZE, (most, RLIM_INFINITY))
-    return step(self, x)
-gated_sae.Trainer.step = limited
-for most in (0, 3000, 12000):
-    sys.argv = [script, *args, "--out", str(most)]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as stop:
-        error = stop
-    setrlimit(RLIMIT_FSIZE, (RLIM_INFINITY, RLIM_INFINITY))
-raise error
-"""
+def filled(disks, *arguments):
+    """Runs on disks that are full when step 11 comes. A limit on the size of files stands in."""
+    lines = []
+    for disk in disks.split():
+        limit = int(disk), RLIM_INFINITY
+        events = {10: lambda x, limit=limit: setrlimit(RLIMIT_FSIZE, limit)}
+        lines.append(status([*arguments, "--out", disk], events))
+        setrlimit(RLIMIT_FSIZE, (RLIM_INFINITY, RLIM_INFINITY))
+    return "\n".join(lines)
 
 
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(activations, tmp_path):
-    """A limit on the size of files stands in for it. Checkpoints come after steps 7 and 14."""
-    args = options(activations, tmp_path / "whole", "--steps", "20")
-    main(args)
-    command = [sys.executable, "-c", FULL, str(SCRIPT), *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: 12000/checkpoint.new: ")
+    """Checkpoints come after steps 7, 14 and 20. Then the disk may be full, too."""
+    whole, late = run(activations, tmp_path / "whole", "--steps 20"), tmp_path / "late"
+    args, disks = options(activations, "", "--steps 20"), ["0", "3000", "12000"]  # bytes of a file
+    (done,) = processes(__file__, "filled", " ".join(disks), *args, code=1, cwd=tmp_path)
     assert "Traceback" not in done.stderr
-    for out in (tmp_path / "0", tmp_path / "3000", tmp_path / "12000"):
+    for disk, line in zip(disks, done.stderr.splitlines()[-3:], strict=True):
+        assert line.startswith(f"error: {disk}/checkpoint.new: ")
+    full = dict(save=lambda *_: Path("/dev/full").write_text("sae"))
+    assert "No space left" in refused(activations, late, "--steps 20", **full)
+    for out, done in [*((tmp_path / disk, 7) for disk in disks), (late, 20)]:
         assert not (out / "sae").exists()
-        assert last_checkpoint(out)[0] == 7
-        main([*args, "--out", str(out), "--resume"])
-        assert_same_end(tmp_path / "whole", out)
-
-
-def test_a_failure_after_the_last_checkpoint_is_mended_by_going_on(activations, tmp_path):
-    def full(sae, folder):
-        raise OSError("No space left on device")
-
-    out, more = tmp_path / "a", ["--steps", "14"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save", full)
-        with pytest.raises(OSError, match="No space left"):
-            main(options(activations, out, *more))
-    assert last_checkpoint(out)[0] == 14
-    main(options(activations, out, *more, "--resume"))
-    main(options(activations, tmp_path / "whole", *more))
-    assert_same_end(tmp_path / "whole", out)
+        assert last_checkpoint(out)[0] == done
+        assert_same_end(whole, run(activations, out, "--steps 20 --resume"))
 
 
 # -- Two processes ---------------------------------------------------------------------------------
 
-# One of the two. Of each run: where they meet, its losses, what happens in step 9, its arguments.
-PROCESS = """
-import json, os, signal, sys
-import torch.distributed as dist
-import gated_sae
-from examples import train
-first, step, results = os.environ["RANK"] == "0", gated_sae.Trainer.step, []
-for port, (way, event, _), arguments in json.load(open(sys.argv[1])):
-    def eventful(self, x):
-        if not first and self.done == 8 and event == "signal":
-            os.kill(os.getpid(), signal.SIGTERM)
-        if not first and self.done == 8 and event == "overflow":
-            x = x * 1e200
-        return step(self, x)
-    gated_sae.Trainer.step = eventful
-    train.fast_losses = getattr(gated_sae, way + "_losses", lambda sae, x: sae.losses(x))
-    os.environ["MASTER_PORT"] = str(port)
-    try:
-        results.append(train.main(arguments))
-    except Exception as error:
-        results.append(str(error))
-        dist.destroy_process_group()
-json.dump(results, open(sys.argv[1] + os.environ["RANK"], "w"))
-"""
-WAYS = dict(dense=lambda sae, x: sae.losses(x), sparse=gated_sae.sparse_losses)
+NEARLY = dict(rtol=1e-12, atol=1e-13)
 # With a number of latents that two do not divide.
-LONG = ["--steps", "20", "--dtype", "float64", "--d-sae", "15", "--batch", "34", "--log-every", "5"]
-SHORT = ["--steps", "4", "--dtype", "float64", "--d-sae", "7", "--batch", "34", "--variant"]
-RUNS = {way: (way, None, LONG) for way in WAYS}
-RUNS |= {variant: ("dense", None, [*SHORT, variant]) for variant in KINDS}
-ALIKE = list(RUNS)
-RUNS |= {"from one": ("dense", None, LONG), "to one": ("dense", "signal", LONG)}
-RUNS |= {"overflow": ("dense", "overflow", LONG)}
+LONG = "--steps 20 --dtype float64 --d-sae 15 --batch 34 --log-every 5"
+SHORT = "--steps 4 --dtype float64 --d-sae 7 --batch 34 --variant"
+DENSE = dict(more=LONG, fast_losses=lambda sae, x: sae.losses(x))
+ALIKE = {"dense": DENSE, "from one": DENSE}
+ALIKE |= {"sparse": DENSE | dict(fast_losses=gated_sae.sparse_losses)}
+ALIKE |= {variant: DENSE | dict(more=f"{SHORT} {variant}") for variant in KINDS}
+STOP = {8: lambda x: os.kill(os.getpid(), signal.SIGTERM)}
+# The events come to the second process only.
+RUNS = ALIKE | {"to one": DENSE | dict(events=STOP)}
+RUNS |= {"overflow": DENSE | dict(events={8: lambda x: x.mul_(1e200)})}
 
 
-def alone(activations, out, way="dense", more=LONG, stop=None):
-    """The run of one process, or as much as is left of it; a signal comes in step `stop`."""
-    step = Trainer.step
-
-    def eventful(self, x):
-        if stop and self.done == stop - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, x)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", eventful)
-        patch.setattr(train, "fast_losses", WAYS[way])
-        stops = pytest.raises(ValueError, match=f"stopped after step {stop} of")
-        with stops if stop else nullcontext():
-            main(options(activations, out, *more, "--resume"))
-    return out
+def one_of_two(file, folder, *ports):
+    """One of two processes, which meet at a port in each run: prints what comes of the runs."""
+    results = {}
+    for (name, changes), port in zip(RUNS.items(), ports, strict=True):
+        os.environ["MASTER_PORT"] = port
+        arguments = options(file, Path(folder, name), changes["more"] + " --resume")
+        events = changes.get("events", ()) if os.environ["RANK"] == "1" else ()
+        results[name] = status(arguments, events, fast_losses=changes["fast_losses"])
+        if results[name]:
+            torch.distributed.destroy_process_group()
+    print(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
 def two(activations, tmp_path_factory):
     """The folder of what two processes did, and what came of each run in each of them."""
     folder = tmp_path_factory.mktemp("two")
-    alone(activations, folder / "from one", stop=9)
+    assert "stopped after step 9 of" in refused(activations, folder / "from one", **RUNS["to one"])
     meetings = [socket.create_server(("localhost", 0)) for _ in RUNS]  # at free ports
     ports = [meeting.getsockname()[1] for meeting in meetings]
-    files = [options(activations, folder / name, *RUNS[name][2], "--resume") for name in RUNS]
-    todo = list(zip(ports, RUNS.values(), files, strict=True))
     for meeting in meetings:
         meeting.close()
-    (folder / "runs.json").write_text(json.dumps(todo))
-    command = [sys.executable, "-c", PROCESS, str(folder / "runs.json")]
-    env = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    processes = [subprocess.Popen(command, env=env | {"RANK": rank}) for rank in "01"]
-    try:
-        assert [process.wait(timeout=200) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    found = [json.loads((folder / f"runs.json{rank}").read_text()) for rank in "01"]
-    return folder, dict(zip(RUNS, zip(*found, strict=True), strict=True))
-
-
-def assert_alike(out, one):
-    """All that two processes trained, and reported, is what one did."""
-    (done, a), (other_done, b) = map(last_checkpoint, (out, one))
-    assert done == other_done
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    a, b = (load(folder / "sae").state_dict() for folder in (out, one))
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
-    assert (out / "log.jsonl").read_text() == (one / "log.jsonl").read_text()
+    ranks = [{"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"} for rank in "01"]
+    done = processes(__file__, "one_of_two", activations, folder, *ports, changes=ranks)
+    found = [json.loads(process.stdout.splitlines()[-1]) for process in done]
+    return folder, {name: [results[name] for results in found] for name in RUNS}
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_two_processes_train_as_one(activations, two, tmp_path, name):
-    (folder, found), (way, _, more) = two, RUNS[name]
-    assert found[name] == (None, None)
-    assert_alike(folder / name, alone(activations, tmp_path, way, more))
-
-
-def test_a_checkpoint_of_two_goes_on_in_one_and_the_reverse(activations, two, tmp_path):
-    """A signal to one process stops both."""
-    (folder, found), one = two, alone(activations, tmp_path / "one")
-    assert found["from one"] == (None, None)
-    assert_alike(folder / "from one", one)
-    assert found["to one"] == ("stopped after step 9 of 20; --resume goes on",) * 2
-    assert last_checkpoint(folder / "to one")[0] == 9
-    assert_alike(alone(activations, folder / "to one"), one)
-
-
-def test_a_loss_that_is_no_number_in_one_process_stops_both(two):
+def test_two_processes_train_as_one_and_go_on_with_what_one_left(activations, two, tmp_path, name):
     folder, found = two
+    assert found[name] == [None, None]
+    assert_same_end(folder / name, run(activations, tmp_path / "one", **RUNS[name]), **NEARLY)
+
+
+def test_what_stops_one_of_two_processes_stops_both_and_one_goes_on(activations, two, tmp_path):
+    """A signal; a loss that is no number."""
+    folder, found = two
+    assert found["to one"] == ["error: stopped after step 9 of 20; --resume goes on"] * 2
+    assert last_checkpoint(folder / "to one")[0] == 9
+    out = run(activations, folder / "to one", **DENSE | dict(more=f"{LONG} --resume"))
+    assert_same_end(out, run(activations, tmp_path / "one", **DENSE), **NEARLY)
     for line in found["overflow"]:
-        assert line.startswith(("step 9: the loss is inf", "step 9: the loss is nan"))
+        assert re.match("error: step 9: the loss is (inf|nan)", line)
     assert last_checkpoint(folder / "overflow")[0] == 7
 
 
@@ -656,11 +508,12 @@ def test_torchrun_starts_it_in_a_fresh_clone(activations, tmp_path):
     (tmp_path / "examples").mkdir()
     for file in (ROOT / "gated_sae.py", SCRIPT):
         (tmp_path / file.relative_to(ROOT)).write_text(file.read_text())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "examples/train.py"]
-    command += options(activations, "two", *LONG)
-    env = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["examples/train.py", *options(activations, "two", LONG)]
+    (done,) = processes(*command, changes=[{"PYTHONPATH": ""}], cwd=tmp_path)
     assert done.stdout.count("rows kept aside") == 1
-    assert_alike(tmp_path / "two", alone(activations, tmp_path / "one"))
+    assert_same_end(tmp_path / "two", run(activations, tmp_path / "one", **DENSE), **NEARLY)
+
+
+if __name__ == "__main__":  # in a process that a test starts: the name of a function, its arguments
+    sys.exit(globals()[sys.argv[1]](*sys.argv[2:]))
