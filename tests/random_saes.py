@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gated_sae import (
     PENALTIES,
@@ -98,3 +99,19 @@ def assert_equal(a, b, **tolerance):
             )
     else:
         torch.testing.assert_close(a, b, **tolerance)
+
+
+class Seen(TorchDispatchMode):
+    """Counts dense matrix products, and the largest tensor that any operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm")
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+                self.largest = max(self.largest, value.numel())
+        return out

@@ -10,8 +10,16 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from random_saes import VARIANTS, assert_equal, gradients, random_batch, random_sae, seeds, sizes
-from torch.utils._python_dispatch import TorchDispatchMode
+from random_saes import (
+    VARIANTS,
+    Seen,
+    assert_equal,
+    gradients,
+    random_batch,
+    random_sae,
+    seeds,
+    sizes,
+)
 
 import gated_sae
 from gated_sae import GatedSAE, find_support, sparse_losses, train
@@ -224,36 +232,11 @@ def test_training_takes_the_sparse_path_once_few_latents_fire(monkeypatch):
 # -- Work and memory -------------------------------------------------------------------------------
 
 
-class Seen(TorchDispatchMode):
-    """Counts dense matrix products, and the largest tensor that any operation gives."""
-
-    def __init__(self):
-        super().__init__()
-        self.products, self.largest = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm")
-        for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-                self.largest = max(self.largest, value.numel())
-        return out
-
-
 def alive():
     """Sizes of all tensors there are, by identity."""
     gc.collect()
     tensors = [v for v in gc.get_objects() if issubclass(type(v), torch.Tensor)]
     return {id(v): v.numel() for v in tensors if v.layout == torch.strided}
-
-
-@pytest.mark.parametrize("stack", [(), (3,)])
-def test_a_dense_step_makes_three_products_on_its_way_forward(stack):
-    """One of the encoder, two of the decoder."""
-    x = next(DATA.batches(64, seed=0))
-    with Seen() as seen:
-        GatedSAE(8, 16, stack=stack).losses(x)
-    assert seen.products == 3
 
 
 def test_the_sparse_step_keeps_no_dense_tensor_for_the_backward_pass():
