@@ -32,9 +32,9 @@ Map.  2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient van
 auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training · 10 on a real model ·
 11 files · 12 the fast exact path. Each section runs without those that follow it.
 
-Departures from the paper: W_enc starts as a copy of W_dec transposed, and λ warms up (both became
-practice later); latents that never fire are restarted on request only; lr warms up and falls over
-shares of the run; the untied variant has no r_mag, since W_mag has scales of its own.
+Departures from the paper: W_enc starts along W_dec, a tenth as long, and biases at the first batch
+(`start`); λ warms up; Adam has other settings (`Trainer`); latents that never fire are restarted on
+request only; the untied variant has no r_mag, since W_mag has scales of its own.
 """
 
 import itertools
@@ -46,7 +46,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -122,9 +122,8 @@ def expect(holds: bool, otherwise: str, error: type[Exception] = ValueError) -> 
 def positive(name: str, value: float, kind: type = int) -> float:
     """The value as an int, or a float if that is the kind; it is one, finite and above 0."""
     real = isinstance(value, Integral if kind is int else Real) and value is not True
-    expect(
-        real and 0 < value < math.inf, f"{name} is {value!r}, expected a positive {kind.__name__}"
-    )
+    wanted = f"a positive {kind.__name__}"
+    expect(real and 0 < value < math.inf, f"{name} is {value!r}, expected {wanted}")
     return kind(value)
 
 
@@ -164,9 +163,9 @@ class SAE(nn.Module):
             at = dict(generator=generator, device=generator.device, dtype=W_dec.dtype)
             W_dec.copy_(F.normalize(torch.randn(W_dec.shape, **at), dim=-1))
         self.W_dec = nn.Parameter(W_dec)
-        # The encoder starts out looking along the directions it decodes to (discussion). A copy: a
-        # view would share memory, and the two would stay tied for ever.
-        self.W_enc = nn.Parameter(W_dec.mT.clone(memory_format=torch.contiguous_format))
+        # The encoder starts out looking along the directions it decodes to (discussion), a tenth as
+        # long. At full length, with half of all gates open, E x̂ is d_sae / (2 d_in) times x.
+        self.W_enc = nn.Parameter((0.1 * W_dec.mT).contiguous())
         self.b_dec = nn.Parameter(W_dec.new_zeros(*self.stack, self.d_in))
         for name, start in self.latent_vectors.items():
             setattr(self, name, nn.Parameter(W_dec.new_full(W_dec.shape[:-1], start)))
@@ -471,9 +470,26 @@ def rescale_and_shift(sae: StandardSAE, refit_decoder: bool = False) -> GatedSAE
     """
     expect(type(sae) is StandardSAE, f"sae is {sae}, expected a StandardSAE", TypeError)
     new = to_gated(sae, aux=None)
+    trains = ("r_mag", "b_mag", "W_dec") if refit_decoder else ("r_mag", "b_mag")
     for name, parameter in new.named_parameters():
-        trains = name in ("r_mag", "b_mag") or (name == "W_dec" and refit_decoder)
-        parameter.requires_grad_(trains)
+        parameter.requires_grad_(name in trains)
+    return new
+
+
+def rescaled(sae: SAE, c: float) -> SAE:
+    """The same SAE for activations c times as long: x̂(c x) = c x̂(x), and f too is c times as large.
+
+    So are biases, thresholds, widths: all that is a length. Train on rows with E‖x - E x‖² = d_in
+    (`variance` finds it), where λ and lr mean the same on any data; then rescale the SAE.
+    """
+    old, c = sae.state_dict(), positive("c", c, float)
+    values = {name: c * old[name] for name in ("b_dec", *sae.latent_vectors)}
+    if isinstance(sae, SigmoidGatedSAE):  # what σ takes must stay
+        values |= dict(b_gate=old["b_gate"], W_enc=old["W_enc"] / c)
+        values["r_mag"] = old.get("r_mag", 0) + math.log(c)
+    widths = {f.name: c * getattr(sae, f.name) for f in fields(sae) if f.type is float}
+    new = type(sae)(**sae.config | widths, device=sae.W_dec.device, dtype=sae.W_dec.dtype)
+    new.load_state_dict({name: values.get(name, v) for name, v in old.items()})
     return new
 
 
@@ -608,6 +624,15 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
     return Metrics(n_rows=n_rows, variance=variance.expand_as(mean["error"]), **mean)
 
 
+def variance(batches: Iterable[Tensor]) -> Tensor:
+    """E‖x - E x‖² of rows (batch, d_in), in one pass: `rescaled` says what for."""
+    batches = iter(batches)
+    first = next(batches, torch.empty(0, 1))
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    any_sae = StandardSAE(first.shape[-1], 1, device=first.device, dtype=dtype)
+    return evaluate(any_sae, itertools.chain([first], batches)).variance
+
+
 # -- 9 · Training ----------------------------------------------------------------------------------
 # One loop for every variant, and for whole stacks: no parameter is shared by two members, so the
 # gradient of the sum of their losses is each one's own, and Adam works element by element.
@@ -684,6 +709,25 @@ def resample(sae: SAE, dead: Tensor, x: Tensor, generator: torch.Generator, opti
                 moment.copy_(torch.where(is_dead, fresh, moment))
 
 
+@torch.no_grad()
+def start(sae: SAE, x: Tensor) -> list[Tensor]:
+    """Fit an untrained SAE's biases to rows x (batch, d_in); returns those that it changed.
+
+    b_dec ← E x, for x may lie far from the origin. b_gate, or b_enc, ← -2 √E z²: each gate opens on
+    some 2 % of rows, so that the SAE is sparse from the first step. A bias with a number but 0 in
+    it, or which does not train, is the caller's, and stays.
+    """
+    biases = sae.b_dec, getattr(sae, "b_gate", getattr(sae, "b_enc", sae.b_dec))
+    fresh = [bias for bias in biases if bias.requires_grad and not bias.any()]
+    for bias in fresh:
+        if bias is sae.b_dec:
+            bias.copy_(x.mean(-2))
+        else:
+            z_sq = sum(sae.project(part).square().sum(-2) for part in in_parts(sae, x))
+            bias.copy_(-2 * (z_sq / x.shape[-2]).sqrt())
+    return fresh
+
+
 class Record(NamedTuple):
     """What training reports of a step."""
 
@@ -698,15 +742,15 @@ class Record(NamedTuple):
 class Trainer:
     """Adam on an SAE, in place, and all else that the next step depends on.
 
-    A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. Where x lies far from the
-    origin, as in language models, let b_dec start at its mean: it would be long on its way there.
+    A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. Step 1 begins by `start`.
     """
 
     sae: SAE = field(kw_only=False)
     l1: float | Tensor  # λ, one number, or one for each member of a stack (shape `stack`)
     steps: int  # how many there will be
-    lr: float = 3e-4  # of Adam: the paper's, for language models; toy data wants 1e-2
-    betas: tuple[float, float] = (0.0, 0.999)
+    # Of Adam. None: 0.05 / √d_in, which turns a direction by some 0.05 radians a step.
+    lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)  # the paper's (0, 0.999) leaves more latents dead
     lr_warmup: float = 0.1  # shares of the steps: in which lr rises linearly,
     l1_warmup: float = 0.1  # in which λ does,
     lr_decay: float = 0.2  # and in which lr falls at the end
@@ -721,7 +765,8 @@ class Trainer:
 
     def __post_init__(self):
         sae, every = self.sae, self.resample_every
-        self.steps, self.lr = positive("steps", self.steps), positive("lr", self.lr, float)
+        lr = 0.05 / sae.d_in**0.5 if self.lr is None else self.lr
+        self.steps, self.lr = positive("steps", self.steps), positive("lr", lr, float)
         shares = self.lr_warmup, self.l1_warmup, self.lr_decay
         in_range = all(0 <= share <= 1 for share in shares)
         expect(in_range, f"lr_warmup, l1_warmup, lr_decay are {shares}, expected shares in [0, 1]")
@@ -756,16 +801,20 @@ class Trainer:
         lr = self.lr * min(1, rise, (steps + 1 - step) / fall)
         l1 = self.l1 * min(1, step / max(1, self.l1_warmup * steps))
         x = as_batch(self.sae, x, f"batch {self.done}")
+        started = start(self.sae, x) if step == 1 else []
         total = (losses := self.losses(x)).total(l1)
+        self.optimizer.zero_grad()
+        total.sum().backward()
+        finite = bool(total.isfinite().all())
+        reached = any(p.grad is not None for p in self.sae.parameters())
+        for bias in started if not (finite and reached) else []:  # which were zero
+            bias.data.zero_()
         given = f"step {step}: the loss is {total.tolist()}, expected finite; the SAE is unchanged"
-        expect(bool(total.isfinite().all()), given)
+        expect(finite, given), expect(reached, "losses are of another SAE")
         if self.resample_every:
             with torch.no_grad():
                 for part in in_parts(self.sae, x):
                     self.silent &= ~(self.sae.encode(part) > 0).any(-2)
-        self.optimizer.zero_grad()
-        total.sum().backward()
-        expect(any(p.grad is not None for p in self.sae.parameters()), "losses are of another SAE")
         self.optimizer.param_groups[0]["lr"] = lr
         if unit_norm(self.sae):
             step_on_unit_norm(self.optimizer, self.sae.W_dec)
@@ -1037,11 +1086,9 @@ def _fill(sae: SAE, tensors: Mapping[str, Tensor], source) -> SAE:
 
 # dictionary-learning's names of our parameters, and its matrices are ours transposed.
 NAMES = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
-DICTIONARY_LEARNING = {
-    "standard": NAMES | {"bias": "b_dec", "encoder.bias": "b_enc"},
-    "gated": NAMES
-    | dict(decoder_bias="b_dec", gate_bias="b_gate", mag_bias="b_mag", r_mag="r_mag"),
-}
+GATED = dict(decoder_bias="b_dec", gate_bias="b_gate", mag_bias="b_mag", r_mag="r_mag")
+STANDARD = {"bias": "b_dec", "encoder.bias": "b_enc"}
+DICTIONARY_LEARNING = {"standard": NAMES | STANDARD, "gated": NAMES | GATED}
 
 
 def from_dictionary_learning(state: Mapping[str, Tensor]) -> SAE:
@@ -1109,7 +1156,9 @@ class Support:
     def products(self, A: Tensor, C: Tensor) -> Tensor:
         """A Cᵀ at the support: (nnz,)."""
         A, C = A.flatten(0, -2), C.flatten(0, -2)
-        S = csr()(self.latent_starts, self.row, A.new_zeros(len(self.row)), (len(C), len(A)))
+        S = self.latent_starts, self.row, A.new_zeros(len(self.row)), (len(C), len(A))
+        with warnings.catch_warnings(action="ignore"):  # once in a process: that CSR is in beta
+            S = torch.sparse_csr_tensor(*S, check_invariants=False)
         return torch.sparse.sampled_addmm(S, C, A.mT, beta=0).values()
 
     def per_latent(self, s: Tensor) -> Tensor:
@@ -1119,16 +1168,6 @@ class Support:
     def per_entry(self, v: Tensor) -> Tensor:
         """v of each entry's latent: (*stack, d_sae) -> (nnz,)."""
         return v.flatten().index_select(0, self.latent)
-
-
-@cache
-def csr() -> Callable:
-    """torch.sparse_csr_tensor, which warns once in a process that it is in beta: here, unheard."""
-    make = partial(torch.sparse_csr_tensor, check_invariants=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        make([0, 0], [], [], (1, 1))
-    return make
 
 
 class Known(torch.autograd.Function):

@@ -133,9 +133,9 @@ def test_normalized_losses_are_the_losses_over_the_mean_square(variant, size, se
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_encoder_starts_as_a_copy_of_the_decoder_and_members_start_apart(variant):
+def test_the_encoder_starts_along_the_decoder_and_members_start_apart(variant):
     sae = VARIANTS[variant](5, 7, stack=(2,))
-    assert_equal(sae.W_enc, sae.W_dec.mT)
+    assert_equal(sae.W_enc, 0.1 * sae.W_dec.mT)
     assert_equal(sae.W_dec.norm(dim=-1), torch.ones(2, 7))
     assert not torch.equal(*sae.W_dec)
     storages = [p.untyped_storage().data_ptr() for p in sae.parameters()]
