@@ -32,9 +32,9 @@ Map.  2 the standard SAE and its shrinkage · 3 gating · 4 why its gradient van
 auxiliary task · 6 weight tying · 7 alternatives · 8 metrics · 9 training · 10 on a real model ·
 11 files · 12 the fast exact path. Each section runs without those that follow it.
 
-Departures from the paper: W_enc starts along W_dec, a tenth as long, and biases at the first batch
-(`start`); λ warms up; Adam has other settings (`Trainer`); latents that never fire are restarted on
-request only; the untied variant has no r_mag, since W_mag has scales of its own.
+Departures from the paper: W_enc starts along W_dec, a tenth as long, and biases fit the first batch
+(`start`); λ warms up; lr and betas (`Trainer`), and how latents that never fire restart; the untied
+variant has no r_mag, since W_mag has scales of its own.
 """
 
 import itertools
@@ -106,8 +106,7 @@ PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def penalised_losses(x, f, charged, W_dec, b_dec, penalty="l1") -> Losses:
     """E‖x - x̂(f)‖² + λ E Σ_i penalty(charged_i), for f, charged ≥ 0 of shape (..., batch, d_sae).
 
-    A standard SAE is charged for f itself (§2.2 of the paper), and that shrinks f.
-    """
+    A standard SAE is charged for f itself (§2.2 of the paper), and that shrinks f."""
     reconstruct = squared_error(x, f @ W_dec + as_row(b_dec))
     charge = PENALTIES[penalty](charged, as_row(W_dec.norm(dim=-1)))
     return Losses(reconstruct, charge.sum(-1).mean(-1), torch.zeros_like(reconstruct))
@@ -132,8 +131,7 @@ class SAE(nn.Module):
     """What all variants share. Each adds `encode`, x -> f ≥ 0, and `losses`, x -> Losses.
 
     x is (batch, d_in), shared by a whole stack, or (*stack, batch, d_in); for a single SAE it may
-    have more dimensions. Wrong shapes raise ValueError, wrong dtypes TypeError.
-    """
+    have more dimensions. Wrong shapes raise ValueError, wrong dtypes TypeError."""
 
     d_in: int
     d_sae: int
@@ -145,6 +143,7 @@ class SAE(nn.Module):
     device: InitVar[torch.device | str | None] = None
     dtype: InitVar[torch.dtype | None] = None
     latent_vectors = {}  # parameters of (*stack, d_sae) that scale with f, and where they start
+    opener = "b_enc"  # the one that decides which latents fire
 
     def __post_init__(self, generator, device, dtype):
         super().__init__()
@@ -249,8 +248,7 @@ def incorrect_losses(x, f, pi_gate, W_dec, b_dec, penalty="l1") -> Losses:
     """E‖x - x̂(f̃)‖² + λ E‖ReLU(π_gate)‖₁: L_incorrect, §3.2.2 of the paper. It fails.
 
     What we mean to penalise is the gate itself, 1[π_gate > 0], but a step has no gradient here
-    either. ReLU(π_gate) has one, and it reaches the gate. The reconstruction's still does not.
-    """
+    either. ReLU(π_gate) has one, and it reaches the gate. The reconstruction's still does not."""
     return penalised_losses(x, f, F.relu(pi_gate), W_dec, b_dec, penalty)
 
 
@@ -267,8 +265,7 @@ def incorrect_losses(x, f, pi_gate, W_dec, b_dec, penalty="l1") -> Losses:
 def gated_losses(x, f, pi_gate, W_dec, b_dec, penalty="l1", frozen=True) -> Losses:
     """E‖x - x̂(f̃)‖² + λ E‖ReLU(π_gate)‖₁ + E‖x - x̂_frozen(ReLU(π_gate))‖², §3.2.2.
 
-    `frozen=False` lets the auxiliary task train the decoder as well, the paper's ablation.
-    """
+    `frozen=False` lets the auxiliary task train the decoder as well, the paper's ablation."""
     W_aux, b_aux = (W_dec.detach(), b_dec.detach()) if frozen else (W_dec, b_dec)
     aux = squared_error(x, F.relu(pi_gate) @ W_aux + as_row(b_aux))
     return incorrect_losses(x, f, pi_gate, W_dec, b_dec, penalty)._replace(aux=aux)
@@ -287,7 +284,7 @@ class GatedSAE(SAE):
 
     tied: bool = True  # one encoder, and a scale exp(r_mag) per latent; or False: a W_mag as well
     aux: Literal["frozen", "unfrozen"] | None = "frozen"  # None is L_incorrect: the gates die
-    latent_vectors = {"b_gate": 0.0, "b_mag": 0.0}
+    latent_vectors, opener = {"b_gate": 0.0, "b_mag": 0.0}, "b_gate"
     gate = staticmethod(gate)  # section 7 has other gates
 
     def __post_init__(self, *start):
@@ -323,8 +320,7 @@ class GatedSAE(SAE):
         """θ = b_mag - exp(r_mag) b_gate, (..., d_sae), with f̃ = jump_relu(π_mag, θ).
 
         Tied, π_gate > 0 says z > -b_gate, that is π_mag > θ: a JumpReLU. Untied, gate and magnitude
-        look along two directions, and no threshold exists: ValueError.
-        """
+        look along two directions, and no threshold exists: ValueError."""
         expect(self.tied, "this GatedSAE has tied=False and so no threshold, expected tied=True")
         return self.b_mag - self.r_mag.exp() * self.b_gate
 
@@ -361,8 +357,7 @@ def two_standard_losses(x, f, pi_gate, W_dec, b_dec) -> tuple[Losses, Losses]:
     """The usual loss of f̃ with its binary gate penalised, and the usual loss of ReLU(π_gate).
 
     Together they have the gradient of the three terms with aux "unfrozen", since that of the binary
-    gate is zero. So L_aux is no trick: it is a second SAE on the same weights (discussion).
-    """
+    gate is zero. So L_aux is no trick: it is a second SAE on the same weights (discussion)."""
     is_open, f_gate = (pi_gate > 0).to(f.dtype), F.relu(pi_gate)  # booleans have no mean
     gated = penalised_losses(x, f, is_open, W_dec, b_dec)
     return gated, penalised_losses(x, f_gate, f_gate, W_dec, b_dec)
@@ -385,8 +380,7 @@ class SigmoidGatedSAE(GatedSAE):
 class NaturalGatedSAE(GatedSAE):
     """b_mag = exp(r_mag) b_gate, hence θ = 0: f̃ = exp(r_mag) ReLU(π_gate) turns on without a jump.
 
-    Also known as y = x̂(t ⊙ f), with f = ReLU(π_gate) and a learned scale t (discussion).
-    """
+    Also known as y = x̂(t ⊙ f), with f = ReLU(π_gate) and a learned scale t (discussion)."""
 
     tied: bool = field(default=True, init=False)  # or there is no r_mag
     latent_vectors = {"b_gate": 0.0}
@@ -396,8 +390,7 @@ class NaturalGatedSAE(GatedSAE):
 def soft_cutoff(y: Tensor, t: Tensor, s: float) -> Tensor:
     """(y + √(y² + s²)) (1 + (y + t) / √((y + t)² + s²)) / 4, for s → 0: y 1[y > max(0, -t)].
 
-    Smooth, so that t has a gradient; but then nothing is exactly zero (but for rounding).
-    """
+    Smooth, so that t has a gradient; but then nothing is exactly zero (but for rounding)."""
     z, s = y + t, y.new_full((), s)
     return (y + torch.hypot(y, s)) * (1 + z / torch.hypot(z, s)) / 4
 
@@ -417,8 +410,7 @@ class SoftCutoffSAE(StandardSAE):
 def heaviside(pi: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
     """1[π > θ], for θ a row, with a pseudo-gradient for θ alone: -1[|π - θ| < ε/2] / ε.
 
-    The true one is zero but for a spike at θ; a window of width ε catches those π near it.
-    """
+    The true one is zero but for a spike at θ; a window of width ε catches those π near it."""
     ramp = ((pi.detach() - theta) / bandwidth + 0.5).clamp(0, 1)
     return (pi > theta) + (ramp - ramp.detach())
 
@@ -427,8 +419,7 @@ def heaviside(pi: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
 class JumpReLUSAE(SAE):
     """f = jump_relu(π, θ), where the field went next (arXiv 2407.14435): θ is trained on L0 itself.
 
-    loss = E‖x - x̂(f)‖² + λ E‖f‖₀, with the gradients of `heaviside` for θ = threshold.
-    """
+    loss = E‖x - x̂(f)‖² + λ E‖f‖₀, with the gradients of `heaviside` for θ = threshold."""
 
     bandwidth: float = 0.1  # ε: small beside π, yet so large that some π of a batch are near θ
     penalty: str = field(default="l1", init=False, repr=False)  # of 1[π > θ]: the sum is ‖f‖₀
@@ -466,8 +457,7 @@ def rescale_and_shift(sae: StandardSAE, refit_decoder: bool = False) -> GatedSAE
     """A trained Standard SAE whose coefficients can be corrected: train the result with l1=0.
 
     No latent fires where it did not before. f̃ = 1[f > 0] ⊙ ReLU(exp(r_mag) ⊙ z + b_mag) learns a
-    scale and a shift per latent, without penalty (discussion); with `refit_decoder`, W_dec too.
-    """
+    scale and a shift per latent, without penalty (discussion); with `refit_decoder`, W_dec too."""
     expect(type(sae) is StandardSAE, f"sae is {sae}, expected a StandardSAE", TypeError)
     new = to_gated(sae, aux=None)
     trains = ("r_mag", "b_mag", "W_dec") if refit_decoder else ("r_mag", "b_mag")
@@ -478,10 +468,8 @@ def rescale_and_shift(sae: StandardSAE, refit_decoder: bool = False) -> GatedSAE
 
 def rescaled(sae: SAE, c: float) -> SAE:
     """The same SAE for activations c times as long: x̂(c x) = c x̂(x), and f too is c times as large.
-
     So are biases, thresholds, widths: all that is a length. Train on rows with E‖x - E x‖² = d_in
-    (`variance` finds it), where λ and lr mean the same on any data; then rescale the SAE.
-    """
+    (`variance` finds it), where λ and lr mean the same on any data; then rescale the SAE."""
     old, c = sae.state_dict(), positive("c", c, float)
     values = {name: c * old[name] for name in ("b_dec", *sae.latent_vectors)}
     if isinstance(sae, SigmoidGatedSAE):  # what σ takes must stay
@@ -522,8 +510,7 @@ class Moments:
                      explanation that the unoptimised loss had slipped into the derivation
 
     Ratios of means: means of ratios would let the rows nearest to zero decide. Where one has no
-    value, as γ of a dead SAE, it is not finite.
-    """
+    value, as γ of a dead SAE, it is not finite."""
 
     x_sq: Tensor
     x_hat_sq: Tensor
@@ -597,10 +584,8 @@ def in_parts(sae: SAE, x: Tensor) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
     """Metrics over any number of batches, of any sizes, in constant memory.
-
     Ratios of means over the whole stream, in float64 (MPS: float32): how it was cut into batches
-    changes nothing but rounding. A NaN or infinity in x raises ValueError, with its number.
-    """
+    changes nothing but rounding. A NaN or infinity in x raises ValueError, with its number."""
     wide = torch.float32 if sae.W_dec.device.type == "mps" else torch.float64
     n_rows, origin, sums = 0, None, {}
     for number, batch in enumerate(batches):
@@ -624,13 +609,9 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
     return Metrics(n_rows=n_rows, variance=variance.expand_as(mean["error"]), **mean)
 
 
-def variance(batches: Iterable[Tensor]) -> Tensor:
+def variance(batches: Iterable[Tensor], d_in: int) -> Tensor:
     """E‖x - E x‖² of rows (batch, d_in), in one pass: `rescaled` says what for."""
-    batches = iter(batches)
-    first = next(batches, torch.empty(0, 1))
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    any_sae = StandardSAE(first.shape[-1], 1, device=first.device, dtype=dtype)
-    return evaluate(any_sae, itertools.chain([first], batches)).variance
+    return evaluate(StandardSAE(d_in, 1, dtype=torch.float64), batches).variance
 
 
 # -- 9 · Training ----------------------------------------------------------------------------------
@@ -672,11 +653,11 @@ def fold_decoder_norms(sae: SAE) -> None:
 @torch.no_grad()
 def resample(sae: SAE, dead: Tensor, x: Tensor, generator: torch.Generator, optimizer=None) -> None:
     """Restart latents at inputs x (batch, d_in) that are reconstructed badly, as Anthropic does.
-
     Each of `dead` (*stack, d_sae), bool, draws a row with probability ∝ its squared error squared;
     d_i becomes its direction from b_dec, the encoder the same at 0.2 of the others' mean norm. All
     else of the latent restarts (transformer-circuits.pub/2023/monosemantic-features), in Adam too:
-    there, the second moment becomes the others' mean; from 0, a first step is 30 times as long.
+    there, the second moment becomes the others' mean; from 0, a first step is 30 times as long. Its
+    gate opens at half of the row's z: at 0, on half of all rows, it would wreck the others' work.
     """
 
     def mean_of_living(v: Tensor, is_dead: Tensor) -> Tensor:
@@ -693,31 +674,30 @@ def resample(sae: SAE, dead: Tensor, x: Tensor, generator: torch.Generator, opti
     drawn = torch.multinomial(weight, n, n > batch, generator=generator).to(x.device)
     nth = (dead.cumsum(-1) - 1).clamp_min(0)  # the nth dead latent gets the nth row drawn
     drawn = drawn.view(*sae.stack, n).gather(-1, nth).unsqueeze(-1)
-    d = F.normalize((x - as_row(sae.b_dec)).take_along_dim(drawn, -2), dim=-1)  # as W_dec
+    row = (x - as_row(sae.b_dec)).take_along_dim(drawn, -2)  # as W_dec
     size = 0.2 * mean_of_living(sae.W_enc.norm(dim=-2), dead).unsqueeze(-1)
-    W_enc = (torch.where(size > 0, size, 0.2) * d).mT
-    start = sae.latent_vectors | dict(W_dec=d, W_enc=W_enc, W_mag=W_enc)
+    d, size = F.normalize(row, dim=-1), torch.where(size > 0, size, 0.2)
+    fresh = sae.latent_vectors | dict(W_dec=d, W_enc=(size * d).mT, W_mag=(size * d).mT)
+    fresh[sae.opener] = (-size * row.norm(dim=-1, keepdim=True) / 2).squeeze(-1)
     masks = dict(W_dec=dead.unsqueeze(-1), W_enc=as_row(dead), W_mag=as_row(dead))
     for name, parameter in sae.named_parameters():
         if name == "b_dec" or not parameter.requires_grad:
             continue
         is_dead = masks.get(name, dead)
-        parameter.copy_(torch.where(is_dead, start.get(name, 0.0), parameter))
+        parameter.copy_(torch.where(is_dead, fresh.get(name, 0.0), parameter))
         for key, moment in (optimizer.state[parameter] if optimizer else {}).items():
             if key != "step":
-                fresh = mean_of_living(moment, is_dead) if key == "exp_avg_sq" else 0.0
-                moment.copy_(torch.where(is_dead, fresh, moment))
+                new = mean_of_living(moment, is_dead) if key == "exp_avg_sq" else 0.0
+                moment.copy_(torch.where(is_dead, new, moment))
 
 
 @torch.no_grad()
 def start(sae: SAE, x: Tensor) -> list[Tensor]:
     """Fit an untrained SAE's biases to rows x (batch, d_in); returns those that it changed.
-
     b_dec ← E x, for x may lie far from the origin. b_gate, or b_enc, ← -2 √E z²: each gate opens on
     some 2 % of rows, so that the SAE is sparse from the first step. A bias with a number but 0 in
-    it, or which does not train, is the caller's, and stays.
-    """
-    biases = sae.b_dec, getattr(sae, "b_gate", getattr(sae, "b_enc", sae.b_dec))
+    it, or which does not train, is the caller's, and stays."""
+    biases = sae.b_dec, getattr(sae, sae.opener, sae.b_dec)
     fresh = [bias for bias in biases if bias.requires_grad and not bias.any()]
     for bias in fresh:
         if bias is sae.b_dec:
@@ -754,8 +734,8 @@ class Trainer:
     lr_warmup: float = 0.1  # shares of the steps: in which lr rises linearly,
     l1_warmup: float = 0.1  # in which λ does,
     lr_decay: float = 0.2  # and in which lr falls at the end
-    # After so many steps but the last, `resample` what fired on no row of them. Encodes once more.
-    resample_every: int | None = None
+    # After so many steps but the last, `resample` what fired on no row of them, if W_dec trains.
+    resample_every: int | None = 100
     # What is lowered. None: the SAE's own, by section 12 where that is faster. Or, say,
     # torch.compile(sae.losses), or torch.autocast("cuda", torch.bfloat16)(sae.losses).
     losses: Callable[[Tensor], Losses] | None = None
@@ -771,8 +751,7 @@ class Trainer:
         in_range = all(0 <= share <= 1 for share in shares)
         expect(in_range, f"lr_warmup, l1_warmup, lr_decay are {shares}, expected shares in [0, 1]")
         if every is not None:
-            positive("resample_every", every)
-            expect(sae.W_dec.requires_grad, f"resample_every is {every}, but W_dec is frozen")
+            self.resample_every = positive("resample_every", every) * sae.W_dec.requires_grad
         learns = any(p.requires_grad for p in sae.parameters())
         expect(learns and not torch.is_inference_mode_enabled(), "nothing here gets a gradient")
         dtype, l1 = sae.W_dec.dtype, torch.as_tensor(self.l1).detach().clone()
@@ -811,10 +790,8 @@ class Trainer:
             bias.data.zero_()
         given = f"step {step}: the loss is {total.tolist()}, expected finite; the SAE is unchanged"
         expect(finite, given), expect(reached, "losses are of another SAE")
-        if self.resample_every:
-            with torch.no_grad():
-                for part in in_parts(self.sae, x):
-                    self.silent &= ~(self.sae.encode(part) > 0).any(-2)
+        if self.resample_every:  # if no f_i > 0, d_i has a part in no x̂, and no gradient
+            self.silent &= (self.sae.W_dec.grad == 0).all(-1)
         self.optimizer.param_groups[0]["lr"] = lr
         if unit_norm(self.sae):
             step_on_unit_norm(self.optimizer, self.sae.W_dec)
@@ -829,11 +806,9 @@ class Trainer:
 
 def train(sae: SAE, batches: Iterable[Tensor], *, log_every=100, **options) -> Iterator[Record]:
     """Train in place, as it is iterated: a Record at step 1, every `log_every` steps, and the last.
-
     `options` are those of `Trainer`: l1 and steps at least. Checks them and moves the SAE at once;
     trains as the records are iterated, on exactly `steps` batches (batch, d_in). What is no number,
-    or too few batches, raise ValueError that names it, and leave the SAE as before it.
-    """
+    or too few batches, raise ValueError that names it, and leave the SAE as before it."""
     positive("log_every", log_every)
     trainer = Trainer(sae, **options)
 
@@ -854,10 +829,8 @@ def train(sae: SAE, batches: Iterable[Tensor], *, log_every=100, **options) -> I
 
 def harvest(model: nn.Module, module: nn.Module, inputs: Iterable) -> Iterator[Tensor]:
     """What `module` puts out as the model reads each of `inputs`: (tokens, d), detached.
-
     An input is a tensor, a tuple of arguments, or a dict of keyword arguments, as tokenizers give;
-    where its "attention_mask" is 0 there is padding, which is left out. Dtype and device stay.
-    """
+    where its "attention_mask" is 0 there is padding, which is left out. Dtype and device stay."""
     Enough = type("Enough", (Exception,), {})  # when x is there, the model need not go on
 
     def take(_, args, output):
@@ -890,10 +863,8 @@ def hidden(module: nn.Module, output) -> Tensor:
 
 def shuffle(batches: Iterable[Tensor], batch: int, held: int, seed: int = 0) -> Iterator[Tensor]:
     """The rows of all `batches`, each once, `batch` at a time, in random order as far as `held` go.
-
     Rows of one text come together and are much alike. At most `held` are kept (and what is read
-    last; twice that while they are permuted): whenever so many are there, half are given out.
-    """
+    last; twice that while they are permuted): whenever so many are there, half are given out."""
     positive("batch", batch), positive("held", held)
     generator, pool, n = torch.Generator().manual_seed(seed), [], 0
     for x in itertools.chain(batches, [None]):
@@ -943,11 +914,9 @@ def splice(module: nn.Module, put: SAE | str | Tensor) -> Iterator[None]:
 
 def loss_recovered(ce_sae: Tensor, ce_clean: Tensor, ce_ablated: Tensor) -> Tensor:
     """(CE_ablated - CE_sae) / (CE_ablated - CE_clean), of floats or tensors: 1 is as good as x.
-
     "Ablated" has 0, or the mean of x, for x. That choice never changes which of two SAEs is better:
     the score is affine and falling in CE_sae. But zeros mostly break the model more than the mean:
-    a weak baseline, which inflates it. ValueError unless ablating hurts: the order would turn.
-    """
+    a weak baseline, which inflates it. ValueError unless ablating hurts: the order would turn."""
     gap = ce_ablated - ce_clean
     hurts = bool(torch.as_tensor((gap > 0) & (gap < math.inf)).all())
     expect(hurts, f"ce_ablated - ce_clean is {gap}, expected positive and finite")
@@ -958,8 +927,7 @@ def compute_multiple(compute: Tensor, loss: Tensor, ce_sae: Tensor, ce_clean: Te
     """C(CE_sae) / C(CE_clean), where log L = a - b log C(L): the share of the compute that trains a
     model as good as the spliced one, 1 without a hit. Of floats or tensors; float64.
     a, b: least squares over smaller models, (n,) twice; a floor of the loss makes the share too
-    large. ValueError unless all is positive, two computes differ, and the curve falls.
-    """
+    large. ValueError unless all is positive, two computes differ, and the curve falls."""
     given = compute, loss, ce_sae, ce_clean
     C, L, sae, clean = (torch.as_tensor(v, dtype=torch.float64) for v in given)
     valid = C.ndim == 1 and C.shape == L.shape and len(C.log().unique()) > 1
@@ -982,10 +950,8 @@ def _gradient(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
 
 def integrated_gradients(fn: Callable, z: Tensor, baseline: Tensor, steps: int) -> Tensor:
     """(z - z₀) ⊙ ∫₀¹ ∇fn(z₀ + t (z - z₀)) dt by the midpoint rule, (..., d), for z₀ = baseline.
-
     fn: (..., d) -> (...), row by row. Complete where fn is continuous: the sum over d tends to
-    fn(z) - fn(z₀) with more steps. A ReLU's kink may cost its coordinate |z - z₀| / (2 steps).
-    """
+    fn(z) - fn(z₀) with more steps. A ReLU's kink may cost its coordinate |z - z₀| / (2 steps)."""
     positive("steps", steps)
     path = (baseline + (k + 0.5) / steps * (z - baseline) for k in range(steps))
     return (z - baseline).detach() * sum(_gradient(fn, point) for point in path) / steps
@@ -1026,7 +992,6 @@ def architecture(sae: SAE) -> str:
 
 def save(sae: SAE, folder: str | os.PathLike) -> None:
     """Write an SAE to a new folder. SAELens loads a single Standard, tied Gated or JumpReLU SAE.
-
     It comes into being in one move: a kill leaves all of it, or a NAME.new which the next clears.
     """
     from safetensors import SafetensorError
@@ -1054,7 +1019,6 @@ def save(sae: SAE, folder: str | os.PathLike) -> None:
 
 def load(folder: str | os.PathLike, device: torch.device | str = "cpu") -> SAE:
     """The SAE that `save`, or SAELens's `save_model`, wrote to `folder`, in its own dtype.
-
     What is missing, broken, unknown here, or does not fit raises ValueError. Nothing is unpickled.
     """
     from safetensors.torch import load_file
@@ -1127,10 +1091,8 @@ bag = partial(F.embedding_bag, mode="sum", include_last_offset=True)
 
 class Support:
     """Some entries (row, latent) of a (*stack, batch, d_sae) tensor, and products with them.
-
     Sorted by latent, then by row; both are numbered through the stack. A is (*stack, batch, d_in),
-    C (*stack, d_sae, d_in), s (nnz,). The products have gradients by way of `Known`.
-    """
+    C (*stack, d_sae, d_in), s (nnz,). The products have gradients by way of `Known`."""
 
     def __init__(self, latent: Tensor, row: Tensor, x_shape: torch.Size, b_shape: torch.Size):
         self.latent, self.row, self.x_shape, self.b_shape = latent, row, x_shape, b_shape
@@ -1198,11 +1160,9 @@ def where_true(mask: Tensor) -> Tensor:
 @torch.no_grad()
 def find_support(x: Tensor, W_enc: Tensor, b: Tensor, rough=False) -> tuple[Support, Tensor]:
     """Where z + b > 0 for z = x W_enc, and z there, (nnz,); a block of latents at a time.
-
     `rough`: a first look in bfloat16, twice as fast on some CPUs. That moves an entry by at most
     eps ‖x‖ ‖w‖ (Cauchy-Schwarz), for w the latent's column, so none is missed where
-    [x, ‖x‖, 1] · [w, eps ‖w‖, b + eps |b|] > 0 is asked instead.
-    """
+    [x, ‖x‖, 1] · [w, eps ‖w‖, b + eps |b|] > 0 is asked instead."""
     (batch, d_in), d_sae = x.shape[-2:], b.shape[-1]
     C = W_enc.mT.contiguous() if rough else W_enc.mT  # a copy, latent by latent, for the last look
     A, W, B = x.reshape(-1, batch, d_in), C.reshape(-1, d_sae, d_in), b.reshape(-1, d_sae, 1)

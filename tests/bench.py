@@ -1,4 +1,5 @@
 """How fast, and how large? `python tests/bench.py [--quick]`; peers are included where installed.
+How good? `python tests/bench.py quality ACTIVATIONS.npy`, see `quality` below.
 
 Ratios only: each row's competitors take turns within one process. A time is a full training step
 without sampling: loss, backward, and the trainer's own optimiser step (ours: radial projection,
@@ -10,7 +11,10 @@ process's peak after three steps, over what it held before it had a model.
 import argparse
 import contextlib
 import io
+import itertools
+import json
 import logging
+import math
 import resource
 import subprocess
 import sys
@@ -20,11 +24,14 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gated_sae import GatedSAE, sparse_losses, step_on_unit_norm, train
+from gated_sae import KINDS, GatedSAE, Trainer, sparse_losses, step_on_unit_norm, train, variance
+from results.measure import as_markdown, at_fvu
 from toy_data import SuperpositionData
 
 SIZES = ((512, 64, 256, 6), (1024, 128, 1024, 16), (2048, 512, 4096, 32), (2048, 512, 16384, 64))
@@ -195,7 +202,168 @@ def main(quick):
         print(f"12 λ, 64 x 256, batch 512, {steps} steps: SAELens / ours {sweep(steps):.2f}")
 
 
+# -- How good, on real activations -----------------------------------------------------------------
+# Each makes (step(i, x), encode, decode). All warm up in a tenth of the steps, λ too, and let lr
+# fall over the last fifth; else they are as they come. Batch top k keeps its k, at rest as well.
+
+
+def quality_ours(kind, d_in, d_sae, steps, batch, lr, strength, seed):
+    sae = KINDS[kind](d_in, d_sae, generator=torch.Generator().manual_seed(seed))
+    trainer = Trainer(sae, l1=strength, steps=steps, lr=lr, device="cpu")
+    return lambda i, x: trainer.step(x), sae.encode, sae.decode
+
+
+def quality_saelens(kind, d_in, d_sae, steps, batch, lr, strength, seed):
+    import sae_lens
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(seed)
+    own = dict(l1_coefficient=strength, l1_warm_up_steps=steps // 10)
+    config = getattr(sae_lens, f"{kind}TrainingSAEConfig")
+    sae = getattr(sae_lens, f"{kind}TrainingSAE")(
+        config(d_in=d_in, d_sae=d_sae, **({"k": strength} if kind == "BatchTopK" else own))
+    )
+    rows = dict(total_training_samples=steps * batch, train_batch_size_samples=batch)
+    rows |= dict(lr_end=0.0, lr_warm_up_steps=steps // 10, lr_decay_steps=steps // 5)
+    trainer = SAETrainer(SAETrainerConfig(lr=lr, **rows), sae, iter(()))
+
+    def step(i, x):
+        trainer.step(x)
+        trainer.n_training_steps += 1
+
+    return step, sae.encode, sae.decode
+
+
+def quality_dictionary_learning(kind, d_in, d_sae, steps, batch, lr, strength, seed):
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.gdm import GatedSAETrainer
+
+    at = dict(layer=0, lm_name="", lr=lr, device="cpu", seed=seed, warmup_steps=steps // 10)
+    at |= dict(decay_start=steps - steps // 5)
+    if kind == "BatchTopK":
+        peer = BatchTopKTrainer(steps, d_in, d_sae, strength, **at)
+        return peer.update, partial(peer.ae.encode, use_threshold=False), peer.ae.decode
+    at |= dict(l1_penalty=strength, sparsity_warmup_steps=steps // 10)
+    peer = GatedSAETrainer(steps, d_in, d_sae, **at)
+    return peer.update, peer.ae.encode, peer.ae.decode
+
+
+# What is made, and three strengths of it: λ, or k.
+QUALITY = {
+    "Gated": (partial(quality_ours, "gated"), (3, 6, 10)),
+    "Standard": (partial(quality_ours, "standard"), (1.5, 3, 5)),
+    "JumpReLU": (partial(quality_ours, "jumprelu"), (3, 10, 20)),
+    "SAELens gated": (partial(quality_saelens, "Gated"), (3, 6, 10)),
+    "SAELens standard": (partial(quality_saelens, "Standard"), (3, 6, 10)),
+    "SAELens batch top k": (partial(quality_saelens, "BatchTopK"), (4, 8, 16)),
+    "dictionary-learning gated": (partial(quality_dictionary_learning, "Gated"), (3, 6, 10)),
+    "dictionary-learning batch top k": (
+        partial(quality_dictionary_learning, "BatchTopK"),
+        (4, 8, 16),
+    ),
+}
+SIZE = dict(d_sae=1024, batch=512, steps=1000, seed=0)
+
+
+@torch.no_grad()
+def measured(encode, decode, held_out):
+    """L0, FVU, gamma and the share of dead latents of anything that encodes and decodes."""
+    fired, error, dot, x_hat_sq = 0, 0, 0, 0
+    for x in held_out.split(1000):
+        f = encode(x)
+        x_hat = decode(f).double()
+        fired = fired + (f != 0).sum(0)
+        error, dot = error + (x - x_hat).square().sum(), dot + (x * x_hat).sum()
+        x_hat_sq = x_hat_sq + x_hat.square().sum()
+    total = (held_out.double() - held_out.double().mean(0)).square().sum()
+    found = dict(l0=fired.sum() / len(held_out), fvu=error / total, gamma=x_hat_sq / dot)
+    found["dead"] = (fired == 0).double().mean()
+    return {name: round(value.item(), 5) for name, value in found.items()}
+
+
+def batches(x, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for rows in torch.randperm(len(x), generator=generator).split(batch):
+            if len(rows) == batch:
+                yield x[rows]
+
+
+def quality(file, only, size):
+    """L0 at equal FVU on rows (n, d_in) of an .npy file, each competitor at its best of four lr.
+
+    Same centred rows with E‖x - E x‖² = d_in, in the same order, for all; the first 8000 are kept
+    aside. One thread; seconds are of CPU. What was measured stands in FILE.quality.jsonl: start
+    the command again and it goes on, or in another process with other names.
+    """
+    torch.set_num_threads(1)
+    x = torch.from_numpy(np.load(file)).float()
+    x -= x[8000:].mean(0)
+    x *= (x.shape[1] / variance(x[8000:].split(8000), x.shape[1])) ** 0.5
+    store = Path(f"{file}.quality.jsonl")
+
+    def run(name, lr, strength, **other):
+        made = dict(variant=name, lr=lr, l1=strength) | size | other
+        rows = [json.loads(line) for line in store.open()] if store.exists() else []
+        for row in rows:
+            if made.items() <= row.items():
+                return row
+        with contextlib.redirect_stdout(io.StringIO()):
+            step, encode, decode = QUALITY[name][0](d_in=x.shape[1], **made_of(made))
+        stream = itertools.islice(batches(x[8000:], made["batch"], made["seed"]), made["steps"])
+        start = time.process_time()
+        for i, rows in enumerate(tqdm(stream, f"{name}, lr {lr}, {strength}", made["steps"])):
+            step(i, rows)
+        seconds = round(time.process_time() - start, 1)
+        row = made | measured(encode, decode, x[:8000]) | {"seconds": seconds}
+        with store.open("a") as out:
+            print(json.dumps(row), file=out)
+        return row
+
+    def made_of(made):
+        own = {key: made[key] for key in ("d_sae", "steps", "batch", "lr", "seed")}
+        return own | {"strength": made["l1"]}
+
+    def l0_at(rows, level, keys=("gamma",)):  # beyond two runs the line through them goes on
+        return at_fvu(rows, rows[0]["variant"], level, keys)
+
+    def slope(rows):
+        (a, b) = sorted(rows, key=lambda row: row["fvu"])[:2]
+        bend = math.log(a["l0"] / b["l0"]) / math.log(b["fvu"] / a["fvu"])
+        return a["l0"] * (a["fvu"] / 0.2) ** bend
+
+    table = []
+    for name in [name for name in QUALITY if not only or name in only]:
+        try:
+            low, middle, high = QUALITY[name][1]
+            tried = {lr: [run(name, lr, s) for s in (low, middle)] for lr in LRS}
+        except ImportError as error:
+            print(f"without {name}: {error}")
+            continue
+        best = min(tried, key=lambda lr: slope(tried[lr]))
+        rows = [*tried[best], run(name, best, high)]
+        found = {level: l0_at(rows, level) for level in (0.15, 0.2, 0.25)}
+        row = {"": name, "lr": best}
+        row |= {f"L0 at FVU {k:g}": round(v[0], 2) if v else "-" for k, v in found.items()}
+        row |= {"gamma": f"{rows[1]['gamma']:.2f}", "dead": f"{100 * rows[1]['dead']:.1f} %"}
+        table.append(row | {"CPU s": f"{rows[1]['seconds']:.0f}"})
+    print(as_markdown(table))
+
+
+LRS = 1e-3, 2e-3, 4e-3, 8e-3
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    main(parser.parse_args().quick)
+    parser.add_argument("what", nargs="*", help="quality FILE.npy [NAME ...]")
+    for name, value in SIZE.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="quality")
+    args = parser.parse_args()
+    if args.what[:1] == ["quality"] and len(args.what) > 1:
+        quality(args.what[1], args.what[2:], {name: getattr(args, name) for name in SIZE})
+    elif args.what:
+        parser.error(f"got {args.what}, expected nothing, or quality FILE.npy [NAME ...]")
+    else:
+        main(args.quick)

@@ -34,9 +34,9 @@ DATA = SuperpositionData(8, 16, firing=0.1, seed=3)
 AUX = ["frozen", "unfrozen", None]
 
 
-def trained(sae, *, l1=0.1, steps=1000):
-    batches = DATA.batches(64, seed=0)
-    list(gated_sae.train(sae, batches, l1=l1, steps=steps, lr=1e-2, log_every=steps, device="cpu"))
+def trained(sae, *, l1=0.1, steps=1000, **options):
+    options |= dict(l1=l1, steps=steps, lr=1e-2, log_every=steps, device="cpu")
+    list(gated_sae.train(sae, DATA.batches(64, seed=0), **options))
     return sae
 
 
@@ -243,7 +243,8 @@ def test_reconstruction_reaches_a_sigmoid_gate_without_aux(size, seed):
 
 def test_a_sigmoid_gate_lives_on_the_loss_that_kills_a_step():
     """G5, λ = 0.1, 1500 steps of L_incorrect. Sigmoid: FVU 0.001, none dead; step: L0 0.01."""
-    runs = (trained(kind(8, 16, aux=None), steps=1500) for kind in (GatedSAE, SigmoidGatedSAE))
+    options = dict(steps=1500, resample_every=None)
+    runs = (trained(kind(8, 16, aux=None), **options) for kind in (GatedSAE, SigmoidGatedSAE))
     step, sigmoid = map(measured, runs)
     assert step.l0 < 0.05
     assert step.fvu > 0.9
@@ -373,6 +374,32 @@ def test_the_f_that_is_trained_is_the_f_that_is_encoded(size, seed, stack):
     assert_equal(f, gated_sae.jump_relu(pi, sae.threshold))
     assert_equal(f, torch.where(pi > theta, pi.clamp_min(0), 0))
     assert_equal(losses.sparsity, (f > 0).double().sum(-1).mean(-1))
+
+
+# -- A7: another length ----------------------------------------------------------------------------
+
+
+@given(st.sampled_from(list(VARIANTS)), sizes, seeds, stacks, st.integers(-8, 8))
+def test_rescaled_is_the_same_sae_for_longer_activations(variant, size, seed, stack, power):
+    """c x has c times the x̂ and f, by the same directions; and back again. A power of
+    two rounds nothing, so no gate is near its edge."""
+    sae, x = random_sae(variant, size, seed, stack=stack), random_batch(6, size[0], seed=seed)
+    c = 2.0**power
+    longer = gated_sae.rescaled(sae, c)
+    assert_equal(longer(c * x), c * sae(x), rtol=1e-9, atol=1e-9 * c)
+    assert_equal(longer.encode(c * x), c * sae.encode(x), rtol=1e-9, atol=1e-9 * c)
+    assert torch.equal(longer.W_dec, sae.W_dec)
+    assert type(longer) is type(sae)
+    back = gated_sae.rescaled(longer, 1 / c)
+    assert_equal(back.state_dict(), sae.state_dict())
+    theirs = {p.data_ptr() for p in sae.parameters()}
+    assert not theirs & {p.data_ptr() for p in longer.parameters()}
+
+
+@pytest.mark.parametrize("c", [0, -1.0, math.nan, math.inf, "1"])
+def test_no_other_number_rescales(c):
+    with pytest.raises(ValueError, match="c is .*, expected a positive float"):
+        gated_sae.rescaled(StandardSAE(3, 4), c)
 
 
 # -- G7, A1: conversions ---------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from random_saes import VARIANTS, assert_equal, member, random_batch, random_sae, seeds, sizes
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gated_sae import GatedSAE, Moments, StandardSAE, evaluate, in_parts, moments
+from gated_sae import GatedSAE, Moments, StandardSAE, evaluate, in_parts, moments, variance
 from gated_sae import relative_reconstruction_bias as bias
 
 
@@ -278,3 +278,18 @@ ODD[2, 1], ODD[3] = math.inf, math.nan
 def test_bad_streams_are_named(batches, error, says):
     with pytest.raises(error, match=says):
         evaluate(GatedSAE(3, 5), batches)
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=5), seeds, st.floats(-1e4, 1e4))
+def test_variance_is_that_of_all_rows_in_one_pass(cuts, seed, far):
+    """However it is cut, and far from the origin, from float32 and from half precision too."""
+    x = random_batch(sum(cuts), 3, seed=seed) + far
+    assert_equal(
+        variance(iter(x.split(cuts)), 3), x.var(0, unbiased=False).sum(), rtol=1e-6, atol=0
+    )
+    half = (x - far).half()
+    assert_equal(
+        variance([half], 3), half.double().var(0, unbiased=False).sum(), rtol=1e-6, atol=1e-9
+    )
+    with pytest.raises(ValueError, match="batches is empty"):
+        variance([], 3)
