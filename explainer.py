@@ -327,7 +327,9 @@ def naive_picture(l1_naive, n_features, naive_history, standard_history, strengt
     _first = gated_sae.GatedSAE(2, n_features, tied=False, aux=None)
     _dec = naive_history[0]["W_dec"][_i]
     _first.load_state_dict({"W_dec": _dec, "W_enc": _dec.T, "W_mag": _dec.T}, strict=False)
-    _terms = _first.losses(next(flatland(n_features).batches(4000, seed=1)))
+    _x = next(flatland(n_features).batches(2000, seed=1))
+    gated_sae.start(_first, _x)
+    _terms = _first.losses(_x)
     _terms = _terms.reconstruct, l1_naive.value * _terms.sparsity
     _hears = [gradient(_first, term, "b_gate").tolist() for term in _terms]
     _l0 = [point["l0"][_i].item() for point in naive_history]
@@ -830,7 +832,17 @@ def frontier_end(runs, saved):
             "better, and on this data its directions are *less* true than those of Standard.\n\n"
             + measure.as_markdown(_found)
         ),
-        The_code_of_a_training_step=source(gated_sae.step_on_unit_norm),
+        How_training_starts=mo.md(r"""
+        With $W_\text{enc} = W_\text{dec}^\top$ and half of all gates open,
+
+        $$\mathbb E\,\hat x = \frac{d_\text{sae}}{2\, d_\text{in}}\, x$$
+
+        over random dictionaries, which for a wide SAE is several times too long, and Adam spends
+        the run on undoing it. So the encoder starts a tenth as long, and each gate opens at two
+        standard deviations of its $z$. (In Flatland the factor is about 1: there it starts at
+        full length.)
+        """),
+        The_code_of_a_training_step=source(gated_sae.start, gated_sae.step_on_unit_norm),
     )
     return
 
@@ -1178,12 +1190,14 @@ def learn(kind, n, l1, starts, steps):
     first = [random_directions(n, 2, torch.Generator().manual_seed(seed)) for seed in starts]
     with torch.no_grad():
         sae.W_dec.copy_(torch.stack(first))
-        sae.W_enc.copy_(sae.W_dec.mT)
+        sae.W_enc.copy_(sae.W_dec.mT)  # not a tenth of it: d_sae / (2 d_in) is about 1 here
         if not getattr(sae, "tied", True):
             sae.W_mag.copy_(sae.W_enc)
     data, history = flatland(n), []
     held_out = next(data.batches(2000, seed=1))
+    gated_sae.start(sae, held_out)  # as step 1 would, so that step 0 shows it
     schedule = {"steps": steps, "lr": 3e-2, "log_every": max(1, steps // 10), "device": "cpu"}
+    schedule |= {"resample_every": None}  # what dies is to be seen dead
     records = gated_sae.train(sae, data.batches(256, seed=0), l1=torch.tensor(l1), **schedule)
     for step in itertools.chain([0], (record.step for record in records if record.step > 1)):
         l0, W_dec = gated_sae.evaluate(sae, [held_out]).l0, sae.W_dec.detach().clone()
@@ -1317,7 +1331,7 @@ def dying_sentence(reconstruct, sparsity, l0_first, l0_last, steps):
     return (
         f"Before training, the reconstruction's gradient on the {word(len(sparsity))} gate biases "
         f"is **{max(abs(g) for g in reconstruct):.0f}, exactly**; the penalty's is "
-        f"{min(sparsity):.2f} to {max(sparsity):.2f}, never negative, so every step lowers them. "
+        f"{min(sparsity):.2g} to {max(sparsity):.2g}, never negative, so every step lowers them. "
         f"L0 falls from {l0_first:.2f} to **{l0_last:.2f}** in {steps} steps."
     )
 

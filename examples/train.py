@@ -6,7 +6,7 @@
 The bar shows, on the latest batch: loss; L0, how many latents fire on a row; FVU, the fraction of
 variance that is not explained; gamma, the length of reconstructions beside the best one (1 is
 unbiased). In short runs, raise --l1 until L0 is as low as you like, and no further, for FVU rises.
-λ goes with the scale of x, and the default --lr with rows scaled to E‖x‖² = d_in or so.
+λ and lr are for rows of E‖x - E x‖² = d_in: rows are scaled to that, and the SAE back at the end.
 
 --out is a new folder. It gets log.jsonl; checkpoint-N, all that the step after N depends on; and at
 the end sae, in SAELens's format, measured on rows kept aside. After Ctrl-C, SIGTERM, a crash, a
@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # of a clone
 
+import gated_sae
 from gated_sae import KINDS, SAE, Losses, Trainer, evaluate, expect, fast_losses, save
 
 WINDOW = 2**28  # bytes of activations that are shuffled in memory at once
@@ -94,8 +95,7 @@ class Activations:
         """Batches (batch, d_in) without end, from number `start` on.
 
         In each epoch the blocks are shuffled, then the rows within as many as WINDOW bytes take.
-        While one window is given out, a thread reads the next. What fills no batch is left out.
-        """
+        While one window is given out, a thread reads the next. What fills no batch is left out."""
         expect(self.n >= batch, f"{self.n} rows to train on, expected a batch of {batch}")
         n = self.n // batch * batch  # in an epoch
         n_window = batch * max(1, WINDOW // (batch * self.d_in * self.dtype.itemsize))
@@ -174,8 +174,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--variant", default="gated", choices=sorted(KINDS), help="default: gated")
     add("--steps", type=int, help="default: as many as read each row once")
     add("--batch", default=4096, type=int, help="rows of a step; default: 4096")
-    add("--lr", default=3e-4, type=float, help="default: 3e-4; toy data: 1e-2")
-    add("--resample-every", type=int, help="restart latents that died, every N steps")
+    add("--lr", type=float, help="default: 0.05 / √d_in")
+    add("--resample-every", type=int, help="default: 100 on one process")
     add("--held-out", type=int, help="rows kept aside, the last; default: 5 %%, at most 65536")
     add("--seed", default=0, type=int, help="of first weights and order; default: 0")
     dtypes = "float32", "float64", "bfloat16"
@@ -212,16 +212,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     mesh = dist.init_device_mesh(torch.device(device).type, (size,)) if size > 1 else None
-    batches = data.batches(args.batch, args.seed, done)
-    x = next(batches)
+    kept = np.array_split(data.kept, -(-len(data.kept) // 64))
+    spread = gated_sae.variance(map(data.rows, kept), data.d_in).item()
+    expect(0 < spread < np.inf, f"E‖x - E x‖² of the rows kept aside is {spread}")
+    c = (data.d_in / spread) ** 0.5
     generator = torch.Generator().manual_seed(args.seed)
     dtype = torch.float64 if args.dtype == "float64" else torch.float32
+    batches = (c * x.to(dtype) for x in data.batches(args.batch, args.seed, done))
+    x = next(batches)
     sae = KINDS[args.variant](data.d_in, args.d_sae, generator=generator, dtype=dtype)
-    sae.b_dec.data.copy_(x.double().mean(0))  # data may lie far from the origin
+    gated_sae.start(sae, x)  # on all rows of the batch, here where the SAE is whole
     model = Loss(sae.to(device), args.dtype == "bfloat16")
     model = fully_shard(model, mesh=mesh) if mesh else model
-    options = dict(lr=args.lr, resample_every=args.resample_every, losses=model, device=device)
-    trainer = Trainer(sae, l1=args.l1, steps=steps, **options)
+    every = args.resample_every or (100 if size == 1 else None)
+    options = dict(resample_every=every, losses=model, device=device)
+    trainer = Trainer(sae, l1=args.l1, steps=steps, lr=args.lr, **options)
     out.mkdir(parents=True, exist_ok=True)
     if olds:
         checkpoint(dcp.load, olds[-1], model, trainer)
@@ -234,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(number, lambda n, _: (stops.append(n), signal.signal(n, signal.SIG_DFL)))
     with tqdm(total=steps, initial=done, desc=args.variant, unit="step", disable=rank > 0) as bar:
         while trainer.done < steps:
-            record = trainer.step(x.chunk(size)[rank].to(device, dtype))
+            record = trainer.step(x.chunk(size)[rank].to(device))
             bar.update()
             step, stopped = trainer.done, torch.tensor(len(stops), device=device)
             if mesh:  # a signal may come to one process before it comes to others
@@ -247,8 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
                 if rank == 0:
                     with open(out / "log.jsonl", "a") as log:  # steps taken twice are there twice
                         print(json.dumps({"step": step} | shown), file=log)
-            # After step 1, too: a disk that will not do should say so at once.
-            if stopped or step in (1, steps) or step % args.checkpoint_every == 0:
+            if stopped or step in (1, steps) or step % args.checkpoint_every == 0:  # 1: a bad disk shows at once
                 olds, new = sorted(out.glob(CHECKPOINTS)), out / "checkpoint.new"
                 checkpoint(dcp.save, new, model, trainer)
                 if rank == 0:  # in one move: a kill or a full disk leaves the last checkpoint
@@ -259,11 +263,10 @@ def main(arguments: list[str] | None = None) -> None:
                 raise ValueError(f"stopped after step {step} of {steps}; --resume goes on")
             x = next(batches)
 
-    sae = whole(sae)
+    sae = gated_sae.rescaled(whole(sae), 1 / c)
     if rank == 0:
         if not (out / "sae").exists():
             save(sae, out / "sae")
-        kept = np.array_split(data.kept, -(-len(data.kept) // 64))
         m = evaluate(sae, map(data.rows, tqdm(kept, desc="rows kept aside")))
         print(f"L0 {m.l0:.4g}, FVU {m.fvu:.4g}, gamma {m.gamma:.4g} on {m.n_rows} rows kept aside")
     if mesh:

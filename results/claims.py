@@ -22,14 +22,17 @@ def drawn_apart(sae: SAE, generator: torch.Generator) -> None:
 
 
 unfrozen = {"aux": "unfrozen"}
+as_it_dies = {"resample_every": None}  # or what a loss without aux kills would be revived
 gated_sae.PENALTIES["log 4"] = lambda f, norm: (4 * f).log1p()
 ABLATIONS = {
     "log penalty, a = 4": Recipe(StandardSAE, (0.06, 0.5), {"penalty": "log 4"}),
     "aux unfrozen": Recipe(GatedSAE, LOW, unfrozen),
-    "without aux": Recipe(GatedSAE, HIGH, {"aux": None}),
+    "without aux": Recipe(GatedSAE, HIGH, {"aux": None}, schedule=as_it_dies),
     "without r_mag": Recipe(GatedSAE, HIGH, prepare=lambda sae, _: sae.r_mag.requires_grad_(False)),
     "untied": Recipe(GatedSAE, HIGH, {"tied": False}),
-    "sigmoid gate, without aux": Recipe(gated_sae.SigmoidGatedSAE, LOW, {"aux": None}),
+    "sigmoid gate, without aux": Recipe(
+        gated_sae.SigmoidGatedSAE, LOW, {"aux": None}, schedule=as_it_dies
+    ),
     "norms frozen, aux frozen": Recipe(GatedSAE, HIGH, {"penalty": "norm_frozen"}),
     "norms live, aux unfrozen": Recipe(GatedSAE, LOW, unfrozen | {"penalty": "norm_live"}),
     "norms live, aux frozen": Recipe(GatedSAE, HIGH, {"penalty": "norm_live"}),

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from gated_sae import harvest, loss_recovered, shuffle, splice
+from gated_sae import harvest, loss_recovered, rescaled, shuffle, splice, variance
 from results.measure import as_markdown, at_equal_compute, at_levels, curves, swept
 
 # What is spliced in for the MLP's 128 numbers: SAEs 4 times as wide.
-SPLICED = at_equal_compute((0.5, 8.0), (1.0, 16.0), 512)
+SPLICED = at_equal_compute((0.6, 9.0), (1.2, 18.0), 512)
 
 
 def english() -> tuple[Tensor, Tensor]:
@@ -75,6 +75,11 @@ def stretches(text: Tensor, length: int, batch: int, seed: int):
         yield text[start + torch.arange(length)]
 
 
+def in_rows(text: Tensor, length: int) -> Tensor:
+    """The whole text, but for what is left at the end: (n, length)."""
+    return text[: len(text) // length * length].view(-1, length)
+
+
 def trained_model(text: Tensor, steps=1200, seed=0) -> LanguageModel:
     """A LanguageModel that has read 16 stretches of 128 bytes a step; its weights are frozen."""
     with torch.random.fork_rng(devices=[]):  # torch's layers draw from the global generator
@@ -111,8 +116,11 @@ def experiment(model_steps=1200, steps=1500, seed=0, n_l1=7) -> dict:
     """
     read, held_out = english()
     model = trained_model(read, model_steps, seed)
-    ids = held_out[: len(held_out) // model.context * model.context].view(-1, model.context)
+    ids = in_rows(held_out, model.context)
     x = torch.cat(list(harvest(model, model.mlp, ids.split(64))))
+    # SAEs are trained on c x, of variance d_in: there, λ and lr mean what they mean elsewhere.
+    every, d_in = in_rows(read, model.context).split(64), x.shape[1]
+    c = (d_in / variance(harvest(model, model.mlp, every), d_in).item()) ** 0.5
 
     def spliced(put):
         with splice(model.mlp, put), torch.no_grad():
@@ -120,13 +128,15 @@ def experiment(model_steps=1200, steps=1500, seed=0, n_l1=7) -> dict:
 
     def rows(_):
         inputs = stretches(read, model.context, 64, seed)
-        return shuffle(harvest(model, model.mlp, inputs), 512, held=2**16, seed=seed)
+        scaled = (c * x for x in harvest(model, model.mlp, inputs))
+        return shuffle(scaled, 512, held=2**16, seed=seed)
 
     ce = guessing(read, held_out) | {"clean": cross_entropy(model, ids).item()}
     ce |= {"zero": spliced("zero"), "mean": spliced(x.mean(0))}
     table = []
     for name, recipe in SPLICED.items():
-        l1, options = recipe.strengths(n_l1), {"d_in": x.shape[1], "seed": seed, "device": "cpu"}
+        l1, options = recipe.strengths(n_l1), {"d_in": d_in, "seed": seed, "device": "cpu"}
+        recipe = recipe._replace(finish=lambda sae: rescaled(sae, 1 / c))
         for at, sae, row in swept(recipe, rows, l1, steps, x.split(1024), what=name, **options):
             start = {"variant": name, "d_sae": recipe.d_sae, "l1": round(l1[at].item(), 5)}
             now = spliced(sae)

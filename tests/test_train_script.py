@@ -221,6 +221,8 @@ def assert_same_end(a, b, rtol=0, atol=0):
     assert done == other_done
     assert one["weights"].keys() == one["adam"].keys()
     assert {"step", "exp_avg", "exp_avg_sq"} == set(one["adam"]["sae.W_dec"])
+    if atol:  # between one process and many, which restart no latents
+        one["silent"] = other["silent"]
     torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
     one, other = (load(folder / "sae").state_dict() for folder in (a, b))
     torch.testing.assert_close(one, other, rtol=0, atol=atol)
@@ -231,12 +233,14 @@ def assert_same_end(a, b, rtol=0, atol=0):
 @pytest.mark.parametrize("variant", sorted(KINDS))
 def test_what_is_trained_is_what_the_module_trains(activations, tmp_path, variant):
     saved = load(run(activations, tmp_path / "a", f"--variant {variant} --steps 9") / "sae")
-    batches = list(itertools.islice(Activations(activations).batches(64, seed=0), 9))
+    data = Activations(activations)
+    kept = map(data.rows, np.array_split(data.kept, -(-len(data.kept) // 64)))
+    c = (8 / gated_sae.variance(kept, 8).item()) ** 0.5
     sae = KINDS[variant](8, 16)
-    sae.b_dec.data.copy_(batches[0].double().mean(0))
     trainer = Trainer(sae, l1=0.3, steps=9, lr=1e-2, device="cpu")
-    for x in batches:
-        trainer.step(x)
+    for x in itertools.islice(data.batches(64, seed=0), 9):
+        trainer.step(c * x)
+    sae = gated_sae.rescaled(sae, 1 / c)
     assert saved.config == sae.config
     torch.testing.assert_close(saved.state_dict(), sae.state_dict(), rtol=0, atol=0)
 
@@ -443,7 +447,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(activations, t
 
 # -- Two processes ---------------------------------------------------------------------------------
 
-NEARLY = dict(rtol=1e-12, atol=1e-13)
+NEARLY = dict(rtol=1e-12, atol=1e-11)
 # With a number of latents that two do not divide.
 LONG = "--steps 20 --dtype float64 --d-sae 15 --batch 34 --log-every 5"
 SHORT = "--steps 4 --dtype float64 --d-sae 7 --batch 34 --variant"
