@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
                 if rank == 0:
                     with open(out / "log.jsonl", "a") as log:  # steps taken twice are there twice
                         print(json.dumps({"step": step} | shown), file=log)
-            if stopped or step in (1, steps) or step % args.checkpoint_every == 0:  # 1: a bad disk shows at once
+            if stopped or step in (1, steps) or step % args.checkpoint_every == 0:
                 olds, new = sorted(out.glob(CHECKPOINTS)), out / "checkpoint.new"
                 checkpoint(dcp.save, new, model, trainer)
                 if rank == 0:  # in one move: a kill or a full disk leaves the last checkpoint
