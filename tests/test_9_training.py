@@ -459,6 +459,7 @@ def test_a_trainer_takes_its_steps_and_no_more():
         assert_equal(trainer.sae.state_dict(), same.state_dict(), rtol=0, atol=0)
     assert_equal(last.losses, records[-1].losses, rtol=0, atol=0)
     assert (trainer.betas, trainer.resample_every) == ((0.9, 0.999), 100)
+    assert Trainer(GatedSAE(16, 4), l1=0.1, steps=1, device="cpu").lr == 0.05 / 4
 
 
 def test_training_draws_what_it_needs_and_the_model_that_makes_it_is_not_trained():
