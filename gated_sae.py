@@ -163,7 +163,7 @@ class SAE(nn.Module):
             W_dec.copy_(F.normalize(torch.randn(W_dec.shape, **at), dim=-1))
         self.W_dec = nn.Parameter(W_dec)
         # The encoder starts out looking along the directions it decodes to (discussion), a tenth as
-        # long. At full length, with half of all gates open, E x̂ is d_sae / (2 d_in) times x.
+        # long. At full length, with half of all gates open, x̂ is some d_sae / (2 d_in) times x.
         self.W_enc = nn.Parameter((0.1 * W_dec.mT).contiguous())
         self.b_dec = nn.Parameter(W_dec.new_zeros(*self.stack, self.d_in))
         for name, start in self.latent_vectors.items():
@@ -694,11 +694,11 @@ def resample(sae: SAE, dead: Tensor, x: Tensor, generator: torch.Generator, opti
 @torch.no_grad()
 def start(sae: SAE, x: Tensor) -> list[Tensor]:
     """Fit an untrained SAE's biases to rows x (batch, d_in); returns those that it changed.
-    b_dec ← E x, for x may lie far from the origin. b_gate, or b_enc, ← -2 √E z²: each gate opens on
-    some 2 % of rows, so that the SAE is sparse from the first step. A bias with a number but 0 in
-    it, or which does not train, is the caller's, and stays."""
-    biases = sae.b_dec, getattr(sae, sae.opener, sae.b_dec)
-    fresh = [bias for bias in biases if bias.requires_grad and not bias.any()]
+    b_dec ← E x, for x may lie far from the origin. b_gate, or b_enc, ← -2 √E z²: a step or a ReLU
+    opens on some 2 % of rows, so that the SAE is sparse from its first step. What is not all 0, or
+    frozen, is the caller's, and stays; where the gates' bias is not 0, b_dec stays too."""
+    opener = getattr(sae, sae.opener, sae.b_dec)
+    fresh = [b for b in (sae.b_dec, opener) if b.requires_grad and not (b.any() or opener.any())]
     for bias in fresh:
         if bias is sae.b_dec:
             bias.copy_(x.mean(-2))
@@ -734,7 +734,7 @@ class Trainer:
     lr_warmup: float = 0.1  # shares of the steps: in which lr rises linearly,
     l1_warmup: float = 0.1  # in which λ does,
     lr_decay: float = 0.2  # and in which lr falls at the end
-    # After so many steps but the last, `resample` what fired on no row of them, if W_dec trains.
+    # After so many steps but the last, `resample` what fired on no row of them, if W_* train.
     resample_every: int | None = 100
     # What is lowered. None: the SAE's own, by section 12 where that is faster. Or, say,
     # torch.compile(sae.losses), or torch.autocast("cuda", torch.bfloat16)(sae.losses).
@@ -751,7 +751,8 @@ class Trainer:
         in_range = all(0 <= share <= 1 for share in shares)
         expect(in_range, f"lr_warmup, l1_warmup, lr_decay are {shares}, expected shares in [0, 1]")
         if every is not None:
-            self.resample_every = positive("resample_every", every) * sae.W_dec.requires_grad
+            every = positive("resample_every", every) * sae.W_dec.requires_grad
+            self.resample_every = every * sae.W_enc.requires_grad
         learns = any(p.requires_grad for p in sae.parameters())
         expect(learns and not torch.is_inference_mode_enabled(), "nothing here gets a gradient")
         dtype, l1 = sae.W_dec.dtype, torch.as_tensor(self.l1).detach().clone()
@@ -790,8 +791,8 @@ class Trainer:
             bias.data.zero_()
         given = f"step {step}: the loss is {total.tolist()}, expected finite; the SAE is unchanged"
         expect(finite, given), expect(reached, "losses are of another SAE")
-        if self.resample_every:  # if no f_i > 0, d_i has a part in no x̂, and no gradient
-            self.silent &= (self.sae.W_dec.grad == 0).all(-1)
+        if self.resample_every and self.sae.W_dec.grad is not None:
+            self.silent &= (self.sae.W_dec.grad == 0).all(-1)  # d_i had a part in no x̂
         self.optimizer.param_groups[0]["lr"] = lr
         if unit_norm(self.sae):
             step_on_unit_norm(self.optimizer, self.sae.W_dec)

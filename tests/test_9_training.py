@@ -97,6 +97,7 @@ def test_a_fresh_sae_is_sparse_and_too_short_rather_than_too_long(variant, far):
     assert limits[0] <= (f > 0).double().mean() < limits[1]
     metrics = evaluate(sae, [x])
     assert (metrics.fvu < 1.001).all()
+    assert far or not (metrics.gamma > 1).any()
     assert gated_sae.start(sae, x + 1) == []
 
 
@@ -109,6 +110,15 @@ def test_what_the_caller_set_or_froze_does_not_start(variant):
     before = copy.deepcopy(sae.state_dict())
     assert gated_sae.start(sae, x) == []
     assert_equal(sae.state_dict(), before, rtol=0, atol=0)
+
+
+def test_an_sae_trained_without_b_dec_goes_on_where_it_was():
+    """Or fine-tuning what was loaded would begin by moving it."""
+    sae, (x,) = StandardSAE(8, 16), some_batches(1)
+    sae.b_enc.data.fill_(-0.1)
+    x_hat = sae(x)
+    trained(sae, [x + 3], lr=1e-12)
+    assert_equal(sae(x), x_hat)
 
 
 @pytest.mark.parametrize("bad", ["loss", "other"])
