@@ -447,7 +447,9 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(activations, t
 
 # -- Two processes ---------------------------------------------------------------------------------
 
-NEARLY = dict(rtol=1e-12, atol=1e-11)
+# Few gates are open at first: gradients nearly cancel, and Adam divides what rounding leaves of one
+# by its own size.
+NEARLY = dict(rtol=1e-9, atol=1e-10)
 # With a number of latents that two do not divide.
 LONG = "--steps 20 --dtype float64 --d-sae 15 --batch 34 --log-every 5"
 SHORT = "--steps 4 --dtype float64 --d-sae 7 --batch 34 --variant"
