@@ -57,7 +57,7 @@ def filled(sae, W_dec, bias):
 def ours(losses, x, W_dec, bias):
     """Our training step, with `losses` a function of an SAE and x."""
     sae = filled(GatedSAE(x.shape[1], len(W_dec)), W_dec, bias)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LR, betas=(0.0, 0.999), fused=True)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=LR, betas=Trainer.betas, fused=True)
 
     def step(x):
         optimizer.zero_grad()
