@@ -366,8 +366,7 @@ def two_standard_losses(x, f, pi_gate, W_dec, b_dec) -> tuple[Losses, Losses]:
 class SigmoidGatedSAE(GatedSAE):
     """f̃ = σ(π_gate) ⊙ ReLU(π_mag): this gate has a gradient, which L_incorrect (aux=None) needs.
 
-    It stays alive, but it is not sparse: half-open gates cost little, and exp(r_mag) undoes them.
-    """
+    It stays alive, but it is not sparse: half-open gates cost little, and exp(r_mag) mends them."""
 
     @staticmethod
     def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
@@ -467,7 +466,7 @@ def rescale_and_shift(sae: StandardSAE, refit_decoder: bool = False) -> GatedSAE
 
 
 def rescaled(sae: SAE, c: float) -> SAE:
-    """The same SAE for activations c times as long: x̂(c x) = c x̂(x), and f too is c times as large.
+    """The same SAE for activations c times as long: its x̂(c x) is c times this one's x̂(x); so is f.
     So are biases, thresholds, widths: all that is a length. Train on rows with E‖x - E x‖² = d_in
     (`variance` finds it), where λ and lr mean the same on any data; then rescale the SAE."""
     old, c = sae.state_dict(), positive("c", c, float)
@@ -656,9 +655,8 @@ def resample(sae: SAE, dead: Tensor, x: Tensor, generator: torch.Generator, opti
     Each of `dead` (*stack, d_sae), bool, draws a row with probability ∝ its squared error squared;
     d_i becomes its direction from b_dec, the encoder the same at 0.2 of the others' mean norm. All
     else of the latent restarts (transformer-circuits.pub/2023/monosemantic-features), in Adam too:
-    there, the second moment becomes the others' mean; from 0, a first step is 30 times as long. Its
-    gate opens at half of the row's z: at 0, on half of all rows, it would wreck the others' work.
-    """
+    there, the second moment becomes the others' mean; from 0, its first steps are too big. It fires
+    above half of its row's z; on half of all rows, it would wreck the others' work."""
 
     def mean_of_living(v: Tensor, is_dead: Tensor) -> Tensor:
         dims, living = tuple(range(len(sae.stack) - v.ndim, 0)), (~is_dead).expand_as(v)
@@ -678,7 +676,7 @@ def resample(sae: SAE, dead: Tensor, x: Tensor, generator: torch.Generator, opti
     size = 0.2 * mean_of_living(sae.W_enc.norm(dim=-2), dead).unsqueeze(-1)
     d, size = F.normalize(row, dim=-1), torch.where(size > 0, size, 0.2)
     fresh = sae.latent_vectors | dict(W_dec=d, W_enc=(size * d).mT, W_mag=(size * d).mT)
-    fresh[sae.opener] = (-size * row.norm(dim=-1, keepdim=True) / 2).squeeze(-1)
+    fresh[sae.opener] = fresh.get("threshold", 0) - size[..., 0] * row.norm(dim=-1) / 2
     masks = dict(W_dec=dead.unsqueeze(-1), W_enc=as_row(dead), W_mag=as_row(dead))
     for name, parameter in sae.named_parameters():
         if name == "b_dec" or not parameter.requires_grad:
@@ -694,17 +692,16 @@ def resample(sae: SAE, dead: Tensor, x: Tensor, generator: torch.Generator, opti
 @torch.no_grad()
 def start(sae: SAE, x: Tensor) -> list[Tensor]:
     """Fit an untrained SAE's biases to rows x (batch, d_in); returns those that it changed.
-    b_dec ← E x, for x may lie far from the origin. b_gate, or b_enc, ← -2 √E z²: a step or a ReLU
-    opens on some 2 % of rows, so that the SAE is sparse from its first step. What is not all 0, or
-    frozen, is the caller's, and stays; where the gates' bias is not 0, b_dec stays too."""
-    opener = getattr(sae, sae.opener, sae.b_dec)
+    b_dec ← E x, for x may lie far from the origin; b_gate, or b_enc, ← θ - 2 √E z²: a step or ReLU
+    opens on some 2 % of rows. If frozen, or not all 0, it is the caller's; if the gates', both."""
+    opener, x = getattr(sae, sae.opener, sae.b_dec), as_batch(sae, x, "x")
     fresh = [b for b in (sae.b_dec, opener) if b.requires_grad and not (b.any() or opener.any())]
     for bias in fresh:
         if bias is sae.b_dec:
             bias.copy_(x.mean(-2))
         else:
             z_sq = sum(sae.project(part).square().sum(-2) for part in in_parts(sae, x))
-            bias.copy_(-2 * (z_sq / x.shape[-2]).sqrt())
+            bias.copy_(sae.latent_vectors.get("threshold", 0) - 2 * (z_sq / x.shape[-2]).sqrt())
     return fresh
 
 
@@ -715,15 +712,14 @@ class Record(NamedTuple):
     lr: float  # learning rate of this step
     l1: Tensor  # λ of this step
     losses: Losses  # before this step, on its batch
-    metrics: Metrics | None = None  # after it, on the same batch
+    metrics: Metrics | None = None  # after it, and any resampling, on the same batch
 
 
 @dataclass(eq=False, kw_only=True)
 class Trainer:
     """Adam on an SAE, in place, and all else that the next step depends on.
 
-    A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. Step 1 begins by `start`.
-    """
+    A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. `start` opens step 1."""
 
     sae: SAE = field(kw_only=False)
     l1: float | Tensor  # λ, one number, or one for each member of a stack (shape `stack`)
@@ -734,7 +730,7 @@ class Trainer:
     lr_warmup: float = 0.1  # shares of the steps: in which lr rises linearly,
     l1_warmup: float = 0.1  # in which λ does,
     lr_decay: float = 0.2  # and in which lr falls at the end
-    # After so many steps but the last, `resample` what fired on no row of them, if W_* train.
+    # After so many steps but the last, `resample` what fired on no row of them. Not if frozen.
     resample_every: int | None = 100
     # What is lowered. None: the SAE's own, by section 12 where that is faster. Or, say,
     # torch.compile(sae.losses), or torch.autocast("cuda", torch.bfloat16)(sae.losses).
@@ -751,8 +747,10 @@ class Trainer:
         in_range = all(0 <= share <= 1 for share in shares)
         expect(in_range, f"lr_warmup, l1_warmup, lr_decay are {shares}, expected shares in [0, 1]")
         if every is not None:
-            every = positive("resample_every", every) * sae.W_dec.requires_grad
-            self.resample_every = every * sae.W_enc.requires_grad
+            positive("resample_every", every)
+            trains, asked = sae.W_dec.requires_grad, every != Trainer.resample_every
+            expect(trains or not asked, f"resample_every is {every}, but W_dec is frozen")
+            self.resample_every = every if asked or (trains and sae.W_enc.requires_grad) else None
         learns = any(p.requires_grad for p in sae.parameters())
         expect(learns and not torch.is_inference_mode_enabled(), "nothing here gets a gradient")
         dtype, l1 = sae.W_dec.dtype, torch.as_tensor(self.l1).detach().clone()
@@ -768,8 +766,7 @@ class Trainer:
             fold_decoder_norms(sae)
         self.losses = self.losses or partial(self.default_losses, sae)
         self.l1, self.done = l1.to(sae.W_dec.device, dtype), 0
-        # Which latents have fired on no row since the last resampling:
-        self.silent = torch.ones(sae.W_dec.shape[:-1], dtype=torch.bool, device=sae.W_dec.device)
+        self.silent = torch.ones_like(sae.W_dec[..., 0], dtype=torch.bool)  # since last resampled
         self.generator = torch.Generator().manual_seed(0)
 
     @torch.enable_grad()  # also where the caller has switched them off
@@ -782,17 +779,20 @@ class Trainer:
         l1 = self.l1 * min(1, step / max(1, self.l1_warmup * steps))
         x = as_batch(self.sae, x, f"batch {self.done}")
         started = start(self.sae, x) if step == 1 else []
-        total = (losses := self.losses(x)).total(l1)
-        self.optimizer.zero_grad()
-        total.sum().backward()
-        finite = bool(total.isfinite().all())
-        reached = any(p.grad is not None for p in self.sae.parameters())
-        for bias in started if not (finite and reached) else []:  # which were zero
-            bias.data.zero_()
-        given = f"step {step}: the loss is {total.tolist()}, expected finite; the SAE is unchanged"
-        expect(finite, given), expect(reached, "losses are of another SAE")
-        if self.resample_every and self.sae.W_dec.grad is not None:
-            self.silent &= (self.sae.W_dec.grad == 0).all(-1)  # d_i had a part in no x̂
+        try:
+            total = (losses := self.losses(x)).total(l1)
+            self.optimizer.zero_grad(), total.sum().backward()
+            given = f"step {step}: the loss is {total.tolist()}, expected finite"
+            expect(bool(total.isfinite().all()), f"{given}; the SAE is unchanged")
+            reached = any(p.grad is not None for p in self.sae.parameters())
+            expect(reached, "losses are of another SAE, expected this one's")
+        except BaseException:
+            [bias.data.zero_() for bias in started]  # as they were
+            raise
+        if self.resample_every:  # of f alone these hear, and not if f_i = 0 on all rows
+            heard = ("r_mag", "b_mag", "b_enc")
+            heard = next((p for n, p in self.sae.named_parameters() if n in heard), None)
+            self.silent &= getattr(heard, "grad", None) == 0
         self.optimizer.param_groups[0]["lr"] = lr
         if unit_norm(self.sae):
             step_on_unit_norm(self.optimizer, self.sae.W_dec)
