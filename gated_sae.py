@@ -104,9 +104,9 @@ PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def penalised_losses(x, f, charged, W_dec, b_dec, penalty="l1") -> Losses:
-    """E‖x - x̂(f)‖² + λ E Σ_i penalty(charged_i), for f, charged ≥ 0 of shape (..., batch, d_sae).
+    """E‖x - x̂(f)‖² + λ E Σ_i penalty(charged_i, ‖d_i‖), for f, charged ≥ 0, (..., batch, d_sae).
 
-    A standard SAE is charged for f itself (§2.2 of the paper), and that shrinks f."""
+    A standard SAE is charged for f itself, f_i each (§2.2 of the paper), and that shrinks f."""
     reconstruct = squared_error(x, f @ W_dec + as_row(b_dec))
     charge = PENALTIES[penalty](charged, as_row(W_dec.norm(dim=-1)))
     return Losses(reconstruct, charge.sum(-1).mean(-1), torch.zeros_like(reconstruct))
@@ -241,7 +241,7 @@ def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
 # so descent lowers b_gate of each latent whose gate ever opens, and nothing ever raises it. W_enc
 # is in the same trap. (Tied to W_mag, as in section 6, it still hears of the reconstruction, and
 # only dies more slowly.) The loss reads well, falls for a while, and ends at the variance of x:
-# every gate is shut, and x̂ = b_dec.
+# every gate is shut, x̂ = b_dec, unless section 9 restarts the dead: resample_every=None does not.
 
 
 def incorrect_losses(x, f, pi_gate, W_dec, b_dec, penalty="l1") -> Losses:
@@ -781,9 +781,9 @@ class Trainer:
         started = start(self.sae, x) if step == 1 else []
         try:
             total = (losses := self.losses(x)).total(l1)
-            self.optimizer.zero_grad(), total.sum().backward()
             given = f"step {step}: the loss is {total.tolist()}, expected finite"
             expect(bool(total.isfinite().all()), f"{given}; the SAE is unchanged")
+            self.optimizer.zero_grad(), total.sum().backward()
             reached = any(p.grad is not None for p in self.sae.parameters())
             expect(reached, "losses are of another SAE, expected this one's")
         except BaseException:
