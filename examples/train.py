@@ -5,19 +5,18 @@
 
 The bar shows, on the latest batch: loss; L0, how many latents fire on a row; FVU, the fraction of
 variance that is not explained; gamma, the length of reconstructions beside the best one (1 is
-unbiased). In short runs, raise --l1 until L0 is as low as you like, and no further, for FVU rises.
-λ and lr are for rows of E‖x - E x‖² = d_in: rows are scaled to that, and the SAE back at the end.
+unbiased). Raise --l1 until L0 is as low as you like, for FVU rises. λ and lr are for rows of
+E‖x - E x‖² = d_in: rows are scaled to that, and the SAE back at the end.
 
 --out is a new folder. It gets log.jsonl; checkpoint-N, all that the step after N depends on; and at
 the end sae, in SAELens's format, measured on rows kept aside. After Ctrl-C, SIGTERM, a crash, a
-full disk, the same command with --resume goes on from the last checkpoint (unpickling it: trust its
-source), on as many devices as you like; on one CPU it ends in the bits of a run that never stopped.
-Exit status: 0; 1 if the work failed or was stopped; 2 if the command makes no sense.
+full disk, the same command with --resume goes on from the last checkpoint (unpickled: trust its
+source), on any number of devices; on one CPU it ends in the bits of a run that never stopped. Exit
+status: 1 if the work failed or was stopped, 2 if the command makes no sense.
 
 Under torchrun each process has a share of each batch, and of weights, gradients and Adam's moments,
 32 d_in d_sae bytes in all. In a step it also holds W_enc and W_dec whole, 8 d_in d_sae bytes, and
-as much again in their gradients. d_in 4096 with 2^20 latents is 34 GB of each. Beyond that, latents
-must be shared out in the step, too: this script stops there.
+as much again in their gradients: 34 GB of each at d_in 4096 and 2^20 latents, where it ends.
 """
 
 import argparse
@@ -27,8 +26,10 @@ import shutil
 import signal
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +51,11 @@ WINDOW = 2**28  # bytes of activations that are shuffled in memory at once
 CHECKPOINTS = "checkpoint-" + 9 * "[0-9]"
 
 
-def read(file: Path, first: int, last: int) -> tuple[int, Tensor]:
+def read(file: Path, first: int, last: int, npy=np.load) -> tuple[int, Tensor]:
     """How many rows the array in a file has, and those from first to last. Nothing is unpickled."""
     try:
         if file.suffix == ".npy":
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            array = npy(file, mmap_mode="r", allow_pickle=False)
             native = array.dtype.newbyteorder("=")
             shape, x = array.shape, torch.from_numpy(np.array(array[first:last], native))
         else:
@@ -74,9 +75,10 @@ class Activations:
 
     def __init__(self, path: Path, held_out: int | None = None):
         found = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
+        self.npy = cache(np.load)  # opens once: CPython 3.11.7 errs if two threads parse headers
         self.files = [file for file in found if file.suffix in (".npy", ".safetensors")]
         expect(self.files, f"{path} is or holds no .npy or .safetensors file")
-        lengths, firsts = zip(*(read(file, 0, 1) for file in self.files), strict=True)
+        lengths, firsts = zip(*(read(file, 0, 1, self.npy) for file in self.files), strict=True)
         alike = {(x.shape[1], x.dtype): str(f) for f, x in zip(self.files, firsts, strict=True)}
         expect(len(alike) == 1, f"shards differ in width or dtype: {alike}, expected all alike")
         ((self.d_in, self.dtype),), n = alike, sum(lengths)
@@ -89,13 +91,12 @@ class Activations:
         self.n = int(ends[:kept].max(initial=0))  # rows to train on
 
     def rows(self, blocks: np.ndarray) -> Tensor:
-        return torch.cat([read(self.files[i], a, b)[1] for i, a, b in blocks.tolist()])
+        return torch.cat([read(self.files[i], a, b, self.npy)[1] for i, a, b in blocks.tolist()])
 
     def batches(self, batch: int, seed: int, start: int = 0) -> Iterator[Tensor]:
-        """Batches (batch, d_in) without end, from number `start` on.
-
-        In each epoch the blocks are shuffled, then the rows within as many as WINDOW bytes take.
-        While one window is given out, a thread reads the next. What fills no batch is left out."""
+        """Batches (batch, d_in) without end, from number `start` on. In each epoch the blocks are
+        shuffled, then the rows within as many as WINDOW bytes take. While one window is given out,
+        a thread reads the next. What fills no batch is left out."""
         expect(self.n >= batch, f"{self.n} rows to train on, expected a batch of {batch}")
         n = self.n // batch * batch  # in an epoch
         n_window = batch * max(1, WINDOW // (batch * self.d_in * self.dtype.itemsize))
@@ -199,8 +200,9 @@ def main(arguments: list[str] | None = None) -> None:
     data, out = Activations(args.activations, args.held_out), args.out
     steps = args.steps or max(1, data.n // args.batch)
     names = "variant", "d_sae", "l1", "batch", "lr", "resample_every", "held_out", "seed", "dtype"
-    run = {name: getattr(args, name) for name in names} | dict(steps=steps)
-    run |= dict(rows=data.n, d_in=data.d_in, stored=str(data.dtype), files=len(data.files))
+    run = {name: getattr(args, name) for name in names} | dict(steps=steps, rows=data.n)
+    some = data.rows(np.concatenate([data.blocks, data.kept])[:: 1 + len(data.blocks) // 256])
+    run["crc32 of some rows"] = zlib.crc32(some.view(torch.uint8).numpy())
     olds = sorted(out.glob(CHECKPOINTS)) if args.resume else []
     taken = (out / "sae").exists() if args.resume else out.exists() and any(out.iterdir())
     expect(olds or not taken, f"{out} exists, expected a new folder, or --resume of the run in it")
@@ -233,7 +235,6 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.done = done
     elif rank == 0:
         (out / "run.json").write_text(json.dumps(run))
-
     stops = []
     for number in (signal.SIGINT, signal.SIGTERM):  # once, they wait for the end of a step
         signal.signal(number, lambda n, _: (stops.append(n), signal.signal(n, signal.SIG_DFL)))
@@ -249,9 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
                 shown = dict(loss=record.losses.total(record.l1), L0=m.l0, FVU=m.fvu, gamma=m.gamma)
                 shown = {name: float(f"{value:.4g}") for name, value in shown.items()}
                 bar.set_postfix(shown)
-                if rank == 0:
-                    with open(out / "log.jsonl", "a") as log:  # steps taken twice are there twice
-                        print(json.dumps({"step": step} | shown), file=log)
+                with open(out / "log.jsonl" if rank == 0 else os.devnull, "a") as log:
+                    print(json.dumps({"step": step} | shown), file=log)  # steps taken twice too
             if stopped or step in (1, steps) or step % args.checkpoint_every == 0:
                 olds, new = sorted(out.glob(CHECKPOINTS)), out / "checkpoint.new"
                 checkpoint(dcp.save, new, model, trainer)

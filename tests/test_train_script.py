@@ -122,13 +122,14 @@ def test_little_more_is_in_memory_than_is_shuffled_at_once(tmp_path, monkeypatch
     monkeypatch.setattr(train, "WINDOW", 2**10 * 4 * 4)
     data, lengths, read = Activations(tmp_path / "a.npy", 64), [], train.read
 
-    def watched(file, first, last):
+    def watched(file, first, last, *npy):
         lengths.append(last - first)
-        return read(file, first, last)
+        return read(file, first, last, *npy)
 
     monkeypatch.setattr(train, "read", watched)
     x = where(torch.cat(list(itertools.islice(data.batches(256, seed=0), 12))))
     assert max(lengths) == 64
+    assert data.npy.cache_info().misses == 1  # no header is parsed in the thread
     assert sum(lengths) <= 4 * 1024  # three windows, and the next
     assert len(set(x)) == 3 * 1024
     assert max(x) - min(x) > 60_000
@@ -322,7 +323,8 @@ def test_data_that_will_not_do_is_named(tmp_path, tmp_path_factory):
 def test_failed_work_is_one_line_and_nothing_is_written_over(activations, tmp_path, monkeypatch):
     """Neither is a step taken: another run, with or without --resume; other things; a file."""
     fewer, new, out, other = (tmp_path / name for name in ("fewer.npy", "new", "out", "other"))
-    np.save(fewer, np.load(activations)[:9000])
+    rows, others = np.load(activations), tmp_path / "others.npy"
+    np.save(fewer, rows[:9000]), np.save(others, np.where(np.arange(len(rows)) % 2, rows.T, 0).T)
     out.mkdir()  # an empty folder will do
     run(activations, out, "--steps 9")
     other.mkdir()
@@ -340,6 +342,7 @@ def test_failed_work_is_one_line_and_nothing_is_written_over(activations, tmp_pa
         ("1", activations, out, "", "expected a new folder, or --resume"),
         ("1", activations, out, "--steps 10 --l1 2 --resume", differ),
         ("1", fewer, out, "--steps 9 --resume", r"'rows': \("),
+        ("1", others, out, "--steps 9 --resume", "differ in {'crc32 of some rows': "),
         ("1", activations, other, "", "other exists"),
         ("1", activations, thesis, "", "thesis.txt"),
         ("1", activations, thesis, "--resume", "thesis.txt"),
