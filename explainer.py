@@ -17,7 +17,7 @@ with app.setup(hide_code=True):
     import torch
 
     import gated_sae
-    from results import claims, language, measure, pareto
+    from results import attribution, claims, language, measure, pareto
     from results.measure import EVIDENCE, GREY, PALETTE, gradient
     from toy_data import SuperpositionData, random_directions
 
@@ -906,7 +906,7 @@ def jump_end():
         "attribution is made of gradients, and a jump has none. Gradients of a JumpReLU, and so of "
         "a Gated SAE, miss exactly θ for each latent that crosses its threshold. Patch where it "
         "matters.",
-        The_code=source(gated_sae.integrated_gradients, gated_sae.activation_patching),
+        The_code=source(attribution.integrated_gradients, attribution.activation_patching),
     )
     return
 
@@ -1617,8 +1617,8 @@ def jump_numbers(theta, z):
         lambda v: gated_sae.jump_relu(v, bound).sum(-1),
         lambda v: (v - theta).relu().sum(-1),
     )
-    paths = [gated_sae.integrated_gradients(fn, z, zero, steps=500).item() for fn in functions]
-    patches = [gated_sae.activation_patching(fn, zero, z).item() for fn in functions]
+    paths = [attribution.integrated_gradients(fn, z, zero, steps=500).item() for fn in functions]
+    patches = [attribution.activation_patching(fn, zero, z).item() for fn in functions]
     return list(zip(paths, patches, strict=True))
 
 

@@ -58,17 +58,15 @@ from torch.nn import functional as F
 # -- 2 · The standard SAE and its shrinkage --------------------------------------------------------
 #     f = ReLU((x - b_dec) W_enc + b_enc)        x̂ = f W_dec + b_dec        E‖x - x̂‖² + λ E‖f‖₁
 #
-# The dictionary has more directions than x has dimensions, so many sums give the same x; the L1
-# penalty asks for a short one. But it charges in the wrong currency: by size, where we only meant
-# to charge for use.
+# The dictionary has more directions than x has dimensions, so many sums give the same x; L1 asks
+# for a short one. But it charges in the wrong currency: by size, where we meant to charge for use.
 
 
 def shrink(a: Tensor, l1: float) -> Tensor:
     """argmin over f ≥ 0 of (a - f)² + λ f  =  max(0, a - λ/2): what L1 does to one coefficient a.
 
     The derivative -2 (a - f) + λ is zero at f = a - λ/2. Small coefficients go to zero, which is
-    what the penalty is for. All others come out λ/2 too small, which nobody asked for: shrinkage.
-    """
+    what the penalty is for. Others come out λ/2 too small, which nobody asked for: shrinkage."""
     return F.relu(a - l1 / 2)
 
 
@@ -118,11 +116,16 @@ def expect(holds: bool, otherwise: str, error: type[Exception] = ValueError) -> 
         raise error(otherwise)
 
 
+def expect_type(name: str, value: object, types) -> None:
+    """TypeError unless a value is of a type, or of one of a union."""
+    fits = isinstance(value, types) and not isinstance(value, bool)
+    expect(fits, f"{name} is {value!r}, expected {types}", TypeError)
+
+
 def positive(name: str, value: float, kind: type = int) -> float:
     """The value as an int, or a float if that is the kind; it is one, finite and above 0."""
-    real = isinstance(value, Integral if kind is int else Real) and value is not True
-    wanted = f"a positive {kind.__name__}"
-    expect(real and 0 < value < math.inf, f"{name} is {value!r}, expected {wanted}")
+    ok = isinstance(value, Integral if kind is int else Real) and value is not True
+    expect(ok and 0 < value < math.inf, f"{name} is {value!r}, expected a positive {kind.__name__}")
     return kind(value)
 
 
@@ -148,14 +151,17 @@ class SAE(nn.Module):
     def __post_init__(self, generator, device, dtype):
         super().__init__()
         self.d_in, self.d_sae = positive("d_in", self.d_in), positive("d_sae", self.d_sae)
+        expect_type("stack", self.stack, Integral | tuple | list)
+        expect_type("generator", generator, torch.Generator | None)
         stack = (self.stack,) if isinstance(self.stack, Integral) else self.stack
         self.stack = tuple(positive("a dimension of stack", n) for n in stack)
         for option in fields(self):
             if option.type is float:
                 setattr(self, option.name, positive(option.name, getattr(self, option.name), float))
-        known, floats = self.penalty in [*PENALTIES], dtype is None or dtype.is_floating_point
-        expect(known, f"penalty is {self.penalty!r}, expected one of {list(PENALTIES)}")
-        expect(floats, f"dtype is {dtype}, expected a floating-point dtype", TypeError)
+        floats = getattr(dtype, "is_floating_point", dtype is None)
+        known = [*PENALTIES]
+        expect(self.penalty in known, f"penalty is {self.penalty!r}, expected one of {known}")
+        expect(floats, f"dtype is {dtype!r}, expected a floating-point dtype", TypeError)
         W_dec = torch.empty(*self.stack, self.d_sae, self.d_in, device=device, dtype=dtype)
         if not W_dec.is_meta:  # there, shapes are all there is: see `load`
             generator = generator or torch.Generator().manual_seed(0)
@@ -202,6 +208,15 @@ def check_rows(sae: SAE, x: Tensor, name: str = "x", only_batches: bool = False)
         raise (ValueError if is_like else TypeError)(f"{name} is {came}, expected {wanted}")
 
 
+def unwrapped(sae: nn.Module) -> SAE:
+    """The SAE itself, out of torch.compile(sae), DataParallel and the like; or TypeError."""
+    while not isinstance(sae, SAE):
+        inner = getattr(sae, "_orig_mod", getattr(sae, "module", None))
+        expect(isinstance(inner, nn.Module), f"sae is {sae!r:.99}, expected an SAE", TypeError)
+        sae = inner
+    return sae
+
+
 class StandardSAE(SAE):
     """f = ReLU((x - b_dec) W_enc + b_enc), §2.2 of the paper."""
 
@@ -226,8 +241,7 @@ class StandardSAE(SAE):
 def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
     """f̃ = 1[π_gate > 0] ⊙ ReLU(π_mag), all (..., batch, d_sae); eq. 6, §3.2.1 of the paper.
 
-    The step is flat wherever it is not vertical, so no gradient of f̃ tells the gate when to open.
-    """
+    The step is flat wherever it is not vertical, so no gradient of f̃ tells a gate to open."""
     return torch.where(pi_gate > 0, F.relu(pi_mag), 0)
 
 
@@ -265,7 +279,8 @@ def incorrect_losses(x, f, pi_gate, W_dec, b_dec, penalty="l1") -> Losses:
 def gated_losses(x, f, pi_gate, W_dec, b_dec, penalty="l1", frozen=True) -> Losses:
     """E‖x - x̂(f̃)‖² + λ E‖ReLU(π_gate)‖₁ + E‖x - x̂_frozen(ReLU(π_gate))‖², §3.2.2.
 
-    `frozen=False` lets the auxiliary task train the decoder as well, the paper's ablation."""
+    `frozen=False` lets the auxiliary task train the decoder as well, the paper's ablation. That has
+    the gradient of two usual losses, of f̃ and of ReLU(π_gate): a second SAE on the same weights."""
     W_aux, b_aux = (W_dec.detach(), b_dec.detach()) if frozen else (W_dec, b_dec)
     aux = squared_error(x, F.relu(pi_gate) @ W_aux + as_row(b_aux))
     return incorrect_losses(x, f, pi_gate, W_dec, b_dec, penalty)._replace(aux=aux)
@@ -328,8 +343,7 @@ class GatedSAE(SAE):
 def jump_relu(pi: Tensor, theta: Tensor) -> Tensor:
     """π ⊙ 1[π > max(θ, 0)], for π (..., batch, d_sae) and θ (..., d_sae): jumps by max(θ, 0).
 
-    For θ ≤ 0 nothing jumps. At θ = 0, b_mag = exp(r_mag) b_gate and f̃ = exp(r_mag) ReLU(π_gate).
-    """
+    For θ ≤ 0 nothing jumps; at θ = 0, b_mag = exp(r_mag) b_gate, f̃ = exp(r_mag) ReLU(π_gate)."""
     return pi * (pi > as_row(theta).clamp_min(0))
 
 
@@ -351,16 +365,6 @@ def normalized(losses: Losses, x: Tensor) -> Losses:
     x_sq = x.square().sum(-1).mean(-1)
     x_sq = torch.where(x_sq > 0, x_sq, 1)
     return losses._replace(reconstruct=losses.reconstruct / x_sq, aux=losses.aux / x_sq)
-
-
-def two_standard_losses(x, f, pi_gate, W_dec, b_dec) -> tuple[Losses, Losses]:
-    """The usual loss of f̃ with its binary gate penalised, and the usual loss of ReLU(π_gate).
-
-    Together they have the gradient of the three terms with aux "unfrozen", since that of the binary
-    gate is zero. So L_aux is no trick: it is a second SAE on the same weights (discussion)."""
-    is_open, f_gate = (pi_gate > 0).to(f.dtype), F.relu(pi_gate)  # booleans have no mean
-    gated = penalised_losses(x, f, is_open, W_dec, b_dec)
-    return gated, penalised_losses(x, f_gate, f_gate, W_dec, b_dec)
 
 
 class SigmoidGatedSAE(GatedSAE):
@@ -438,6 +442,7 @@ class JumpReLUSAE(SAE):
 
 def to_jumprelu(sae: SAE) -> JumpReLUSAE:
     """The JumpReLU SAE with the outputs of an SAE (of a soft cutoff, for s → 0), or ValueError."""
+    sae = unwrapped(sae)
     if isinstance(sae, GatedSAE):
         theta, b_enc, W_enc = sae.threshold, sae.b_mag, sae.W_enc * as_row(sae.r_mag.exp())
     else:  # a ReLU jumps by 0
@@ -469,7 +474,8 @@ def rescaled(sae: SAE, c: float) -> SAE:
     """The same SAE for activations c times as long: its x̂(c x) is c times this one's x̂(x); so is f.
     So are biases, thresholds, widths: all that is a length. Train on rows with E‖x - E x‖² = d_in
     (`variance` finds it), where λ and lr mean the same on any data; then rescale the SAE."""
-    old, c = sae.state_dict(), positive("c", c, float)
+    sae, c = unwrapped(sae), positive("c", c, float)
+    old = sae.state_dict()
     values = {name: c * old[name] for name in ("b_dec", *sae.latent_vectors)}
     if isinstance(sae, SigmoidGatedSAE):  # what σ takes must stay
         values |= dict(b_gate=old["b_gate"], W_enc=old["W_enc"] / c)
@@ -488,8 +494,7 @@ def _converted(kind: type[SAE], sae: SAE, values: dict[str, Tensor], **options) 
 
 
 # -- 8 · Metrics -----------------------------------------------------------------------------------
-# Three numbers hold all there is to say about scale: how long x is, how long x̂ is, and how well
-# they point the same way.
+# Three numbers hold all there is to say about scale: how long x is, and x̂, and how well they agree.
 
 
 @dataclass(frozen=True, eq=False)
@@ -505,8 +510,7 @@ class Moments:
                      perpendicular ones send both factors to 0: they cannot be reciprocals
     norm_ratio       not the bias: at γ = 1 it is cosine_squared, < 1 unless x̂ is perfect
     gamma_v1         eq. 10 of the first preprint, √(E‖x̂‖² / (E‖x‖² - E‖x - x̂‖²)), right only at
-                     γ = 1. Reconstructed from its value 1/√3 at x = 1, x̂ = 1/2, and the authors'
-                     explanation that the unoptimised loss had slipped into the derivation
+                     γ = 1; reconstructed from its value 1/√3 at x = 1, x̂ = 1/2 (discussion)
 
     Ratios of means: means of ratios would let the rows nearest to zero decide. Where one has no
     value, as γ of a dead SAE, it is not finite."""
@@ -524,28 +528,20 @@ class Moments:
     @classmethod
     def from_norms(cls, x_sq: Tensor, x_hat_sq: Tensor, error_sq: Tensor) -> "Moments":
         """From three numbers most runs log: E[x̂·x] = (E‖x̂‖² + E‖x‖² - E‖x - x̂‖²) / 2."""
-        x_sq, x_hat_sq, error_sq = map(torch.as_tensor, (x_sq, x_hat_sq, error_sq))
+        x_sq, x_hat_sq, error_sq = given = [*map(torch.as_tensor, (x_sq, x_hat_sq, error_sq))]
+        expect(all((v >= 0).all() for v in given), f"got {given}, expected three numbers ≥ 0")
         return cls(x_sq, x_hat_sq, (x_hat_sq + x_sq - error_sq) / 2)
 
 
 def moments(x: Tensor, x_hat: Tensor) -> Moments:
     """Of (..., batch, d_in) twice; a stack of x_hat may share one x."""
-    shapes = f"x is {tuple(x.shape)}, x_hat {tuple(x_hat.shape)}"
-    fits = x.shape == x_hat.shape[-x.ndim :] and x.numel() > 0
-    expect(fits, f"{shapes}, expected one (..., batch, d_in); a stack's x_hat may have more")
+    fits, shapes = x.shape == x_hat.shape[-x.ndim :] and x.numel() > 0, (x.shape, x_hat.shape)
+    expect(fits, f"x, x_hat are {shapes}, expected one (..., batch, d_in), or more in x_hat")
     # Squares of half-precision numbers overflow at 256.
     x, x_hat = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (x, x_hat))
     dot = (x * x_hat).sum(-1).mean(-1)
     x_sq, x_hat_sq = (v.square().sum(-1).mean(-1) for v in (x, x_hat))
     return Moments(x_sq.expand_as(dot), x_hat_sq, dot)
-
-
-def relative_reconstruction_bias(x: Tensor, x_hat: Tensor) -> Tensor:
-    """γ of (..., batch, d_in) twice -> (...); see `Moments.gamma`. ValueError where undefined."""
-    m = moments(x, x_hat)
-    defined = bool((m.gamma.isfinite() & m.dot.isfinite()).all())
-    expect(defined, f"γ = E‖x̂‖² / E[x̂·x] is undefined for {m}, expected E[x̂·x] ≠ 0")
-    return m.gamma
 
 
 @dataclass(frozen=True, eq=False)
@@ -582,11 +578,10 @@ def in_parts(sae: SAE, x: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
-    """Metrics over any number of batches, of any sizes, in constant memory.
-    Ratios of means over the whole stream, in float64 (MPS: float32): how it was cut into batches
-    changes nothing but rounding. A NaN or infinity in x raises ValueError, with its number."""
+    """Metrics over any number of batches, of any sizes, in constant memory: ratios of means over
+    all rows, in float64 (MPS: float32). NaN or infinity in x raises ValueError that names it."""
+    n_rows, origin, sums, sae = 0, None, {}, unwrapped(sae)
     wide = torch.float32 if sae.W_dec.device.type == "mps" else torch.float64
-    n_rows, origin, sums = 0, None, {}
     for number, batch in enumerate(batches):
         for x in in_parts(sae, as_batch(sae, batch, f"batch {number}")):
             f = sae.encode(x)
@@ -621,15 +616,11 @@ def variance(batches: Iterable[Tensor], d_in: int) -> Tensor:
 # swell Adam's second moment; then steps; then renormalises: tangential steps leave the sphere too.
 
 
-def unit_norm(sae: SAE) -> bool:
-    """Whether training keeps rows of W_dec at norm 1: not under a penalty on their norms."""
-    return sae.W_dec.requires_grad and not sae.penalty.startswith("norm")
-
-
 @torch.no_grad()
 def step_on_unit_norm(optimizer: torch.optim.Optimizer, W_dec: Tensor) -> None:
     """grad d_i ← grad d_i - (grad d_i · d_i) d_i; a step; d_i ← d_i / ‖d_i‖, 0 for 0."""
-    W_dec.grad.addcmul_((W_dec.grad * W_dec).sum(-1, keepdim=True), W_dec, value=-1)
+    if W_dec.grad is not None:  # or the caller's losses do without it
+        W_dec.grad.addcmul_((W_dec.grad * W_dec).sum(-1, keepdim=True), W_dec, value=-1)
     optimizer.step()
     W_dec /= W_dec.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny)
 
@@ -637,8 +628,7 @@ def step_on_unit_norm(optimizer: torch.optim.Optimizer, W_dec: Tensor) -> None:
 @torch.no_grad()
 def fold_decoder_norms(sae: SAE) -> None:
     """d_i ← d_i / n_i and f_i ← n_i f_i, for n_i = ‖d_i‖ unless near 1: x̂ stays."""
-    n = sae.W_dec.norm(dim=-1)
-    n = torch.where(n > 0, n, 1)
+    n = F.threshold(sae.W_dec.norm(dim=-1), 0, 1)  # 1 for 0
     if ((n - 1).abs() <= 1e-3).all():
         return
     scales = not isinstance(sae, SigmoidGatedSAE | SoftCutoffSAE)
@@ -654,9 +644,8 @@ def resample(sae: SAE, dead: Tensor, x: Tensor, generator: torch.Generator, opti
     """Restart latents at inputs x (batch, d_in) that are reconstructed badly, as Anthropic does.
     Each of `dead` (*stack, d_sae), bool, draws a row with probability ∝ its squared error squared;
     d_i becomes its direction from b_dec, the encoder the same at 0.2 of the others' mean norm. All
-    else of the latent restarts (transformer-circuits.pub/2023/monosemantic-features), in Adam too:
-    there, the second moment becomes the others' mean; from 0, its first steps are too big. It fires
-    above half of its row's z; on half of all rows, it would wreck the others' work."""
+    else of it restarts (transformer-circuits.pub/2023/monosemantic-features), in Adam too, but the
+    second moment, the others' mean: from 0, steps are too big. It fires above half its row's z."""
 
     def mean_of_living(v: Tensor, is_dead: Tensor) -> Tensor:
         dims, living = tuple(range(len(sae.stack) - v.ndim, 0)), (~is_dead).expand_as(v)
@@ -705,6 +694,12 @@ def start(sae: SAE, x: Tensor) -> list[Tensor]:
     return fresh
 
 
+def no_float16(t: Tensor) -> Tensor:
+    """A tensor that a backward pass needs, if not in float16, where small gradients become 0."""
+    expect(t.dtype != torch.float16, "losses are in float16, expected bfloat16 or float32")
+    return t
+
+
 class Record(NamedTuple):
     """What training reports of a step."""
 
@@ -717,52 +712,58 @@ class Record(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class Trainer:
-    """Adam on an SAE, in place, and all else that the next step depends on.
-
-    A decoder from elsewhere, not of unit norm, is folded first: x̂ stays. `start` opens step 1."""
+    """Adam on an SAE, in place, and all else that the next step depends on. A decoder from
+    elsewhere, not of unit norm, is folded first: x̂ stays. `start` opens step 1."""
 
     sae: SAE = field(kw_only=False)
     l1: float | Tensor  # λ, one number, or one for each member of a stack (shape `stack`)
     steps: int  # how many there will be
-    # Of Adam. None: 0.05 / √d_in, which turns a direction by some 0.05 radians a step.
-    lr: float | None = None
+    lr: float | None = None  # None: 0.05 / √d_in, to turn a direction by some 0.05 radians a step
     betas: tuple[float, float] = (0.9, 0.999)  # the paper's (0, 0.999) leaves more latents dead
     lr_warmup: float = 0.1  # shares of the steps: in which lr rises linearly,
     l1_warmup: float = 0.1  # in which λ does,
     lr_decay: float = 0.2  # and in which lr falls at the end
-    # After so many steps but the last, `resample` what fired on no row of them. Not if frozen.
-    resample_every: int | None = 100
+    resample_every: int | None = 100  # steps, and `resample` what is silent in them; not if frozen
     # What is lowered. None: the SAE's own, by section 12 where that is faster. Or, say,
     # torch.compile(sae.losses), or torch.autocast("cuda", torch.bfloat16)(sae.losses).
     losses: Callable[[Tensor], Losses] | None = None
-    # Where the SAE and each batch go. None: where it is, but from a CPU to an accelerator.
-    device: torch.device | str | None = None
+    device: torch.device | str | None = None  # None: where it is, but from CPU to an accelerator
     default_losses = staticmethod(lambda sae, x: sae.losses(x))  # section 12 has another
+    # Not under a penalty on norms, which keeps them in bounds by itself.
+    unit_norm = property(lambda t: t.sae.W_dec.requires_grad and t.sae.penalty[:4] != "norm")
 
     def __post_init__(self):
-        sae, every = self.sae, self.resample_every
+        sae, every, device = unwrapped(self.sae), self.resample_every, self.device
+        self.sae = sae
         lr = 0.05 / sae.d_in**0.5 if self.lr is None else self.lr
         self.steps, self.lr = positive("steps", self.steps), positive("lr", lr, float)
-        shares = self.lr_warmup, self.l1_warmup, self.lr_decay
-        in_range = all(0 <= share <= 1 for share in shares)
-        expect(in_range, f"lr_warmup, l1_warmup, lr_decay are {shares}, expected shares in [0, 1]")
-        if every is not None:
-            positive("resample_every", every)
-            trains, asked = sae.W_dec.requires_grad, every != Trainer.resample_every
-            expect(trains or not asked, f"resample_every is {every}, but W_dec is frozen")
-            self.resample_every = every if asked or (trains and sae.W_enc.requires_grad) else None
+        for name in ("lr_warmup", "l1_warmup", "lr_decay"):
+            expect_type(name, share := getattr(self, name), Real)
+            expect(0 <= share <= 1, f"{name} is {share}, expected a share in [0, 1]")
+        expect_type("betas", self.betas, tuple | list)
+        valid = [isinstance(b, Real) and 0 <= b < 1 for b in self.betas] == [True, True]
+        expect(valid, f"betas are {self.betas}, expected two numbers in [0, 1)")
+        expect_type("losses", self.losses, Callable | None)
+        expect_type("l1", self.l1, Real | Tensor | list | tuple)
+        if every is not None and positive("resample_every", every) != Trainer.resample_every:
+            expect(sae.W_dec.requires_grad, f"resample_every is {every}, but W_dec is frozen")
+        elif not (sae.W_dec.requires_grad and sae.W_enc.requires_grad):
+            self.resample_every = None
         learns = any(p.requires_grad for p in sae.parameters())
         expect(learns and not torch.is_inference_mode_enabled(), "nothing here gets a gradient")
-        dtype, l1 = sae.W_dec.dtype, torch.as_tensor(self.l1).detach().clone()
-        wide = torch.finfo(dtype).bits >= 32  # in half precision, steps round to 0
-        expect(wide, f"the SAE is {dtype}, expected float32: train, then convert", TypeError)
+        dtype, dtypes = sae.W_dec.dtype, {p.dtype for p in sae.parameters()}
+        wide = dtypes in ({torch.float32}, {torch.float64})  # in half precision, steps round to 0
+        expect(wide, f"the SAE is {dtypes}, expected float32: train, then convert", TypeError)
+        l1 = torch.as_tensor(self.l1, dtype=torch.float64, device="cpu").detach().clone()
         fits = l1.shape in ((), sae.stack) and bool(((l1 >= 0) & l1.isfinite()).all())
         expect(fits, f"l1 is {l1.tolist()}, expected finite and ≥ 0, of shape () or {sae.stack}")
-        self.optimizer = torch.optim.Adam(sae.parameters(), self.lr, self.betas, fused=True)
-        if self.device is None and sae.W_dec.device.type == "cpu":
-            self.device = torch.accelerator.current_accelerator(check_available=True)
-        sae.to(self.device)
-        if unit_norm(sae):
+        if device is None and sae.W_dec.device.type == "cpu":
+            device = torch.accelerator.current_accelerator(check_available=True)
+        self.device = torch.device(device or sae.W_dec.device)
+        expect(self.device.type != "meta", "device is meta, expected one that holds numbers")
+        at = dict(lr=self.lr, betas=tuple(map(float, self.betas)), fused=True)
+        self.optimizer = torch.optim.Adam(sae.to(self.device).parameters(), **at)
+        if self.unit_norm:
             fold_decoder_norms(sae)
         self.losses = self.losses or partial(self.default_losses, sae)
         self.l1, self.done = l1.to(sae.W_dec.device, dtype), 0
@@ -780,9 +781,10 @@ class Trainer:
         x = as_batch(self.sae, x, f"batch {self.done}")
         started = start(self.sae, x) if step == 1 else []
         try:
-            total = (losses := self.losses(x)).total(l1)
-            given = f"step {step}: the loss is {total.tolist()}, expected finite"
-            expect(bool(total.isfinite().all()), f"{given}; the SAE is unchanged")
+            with torch.autograd.graph.saved_tensors_hooks(no_float16, no_float16):
+                total = (losses := self.losses(x)).total(l1)
+            finite = bool(total.isfinite().all())
+            expect(finite, f"step {step}: the loss is {total.tolist()}, expected finite")
             self.optimizer.zero_grad(), total.sum().backward()
             reached = any(p.grad is not None for p in self.sae.parameters())
             expect(reached, "losses are of another SAE, expected this one's")
@@ -794,7 +796,7 @@ class Trainer:
             heard = next((p for n, p in self.sae.named_parameters() if n in heard), None)
             self.silent &= getattr(heard, "grad", None) == 0
         self.optimizer.param_groups[0]["lr"] = lr
-        if unit_norm(self.sae):
+        if self.unit_norm:
             step_on_unit_norm(self.optimizer, self.sae.W_dec)
         else:
             self.optimizer.step()
@@ -807,9 +809,8 @@ class Trainer:
 
 def train(sae: SAE, batches: Iterable[Tensor], *, log_every=100, **options) -> Iterator[Record]:
     """Train in place, as it is iterated: a Record at step 1, every `log_every` steps, and the last.
-    `options` are those of `Trainer`: l1 and steps at least. Checks them and moves the SAE at once;
-    trains as the records are iterated, on exactly `steps` batches (batch, d_in). What is no number,
-    or too few batches, raise ValueError that names it, and leave the SAE as before it."""
+    `options` are those of `Trainer`, checked at once: l1 and steps at least. Takes `steps` batches
+    (batch, d_in). What is no number, or too few batches, raise ValueError that names it."""
     positive("log_every", log_every)
     trainer = Trainer(sae, **options)
 
@@ -818,8 +819,8 @@ def train(sae: SAE, batches: Iterable[Tensor], *, log_every=100, **options) -> I
             record = trainer.step(x)
             if record.step in (1, trainer.steps) or record.step % log_every == 0:
                 yield record._replace(metrics=evaluate(sae, [x]))
-        ended = f"batches ended after {trainer.done} of {trainer.steps} steps; the SAE keeps these"
-        expect(trainer.done == trainer.steps, ended)
+        done = f"{trainer.done} of {trainer.steps} steps; the SAE keeps these"
+        expect(trainer.done == trainer.steps, f"batches ended after {done}")
 
     return records()
 
@@ -827,11 +828,20 @@ def train(sae: SAE, batches: Iterable[Tensor], *, log_every=100, **options) -> I
 # -- 10 · On a real model --------------------------------------------------------------------------
 # Activations come from a hook on any module; x̂ goes back in by another.
 
+NEVER_CALLED = "the model never called {}, or torch.compile hides it: then use model._orig_mod"
 
-def harvest(model: nn.Module, module: nn.Module, inputs: Iterable) -> Iterator[Tensor]:
-    """What `module` puts out as the model reads each of `inputs`: (tokens, d), detached.
+
+def harvest(
+    model: nn.Module, module: nn.Module, inputs: Iterable, *, skip=0, max_norm=None, left_out=None
+) -> Iterator[Tensor]:
+    """What `module` puts out as the model reads each of `inputs`, in eval mode: (tokens, d).
     An input is a tensor, a tuple of arguments, or a dict of keyword arguments, as tokenizers give;
-    where its "attention_mask" is 0 there is padding, which is left out. Dtype and device stay."""
+    where its "attention_mask" (batch, tokens) is 0 there is padding, which is left out.
+    A few rows a hundred times as long as others, as at BOS, are all that an SAE would learn. So
+    leave out the first `skip` tokens of each text, or rows longer than `max_norm` times the median
+    of their input; `left_out`, a Counter, gets how many were "first" and "long"."""
+    expect(isinstance(skip, Integral) and skip >= 0, f"skip is {skip!r}, expected an int ≥ 0")
+    most = math.inf if max_norm is None else positive("max_norm", max_norm, float)
     Enough = type("Enough", (Exception,), {})  # when x is there, the model need not go on
 
     def take(_, args, output):
@@ -840,17 +850,32 @@ def harvest(model: nn.Module, module: nn.Module, inputs: Iterable) -> Iterator[T
     for number, given in enumerate(inputs):
         args = given if isinstance(given, tuple) else (given,)
         kwargs, args = (given, ()) if isinstance(given, Mapping) else ({}, args)
+        modes = [(part, part.training) for part in model.modules()]
         handle = module.register_forward_hook(take)
         try:
             with torch.no_grad():
-                model(*args, **kwargs)
-            expect(False, f"input {number}: the model never called {type(module).__name__}")
+                model.eval()(*args, **kwargs)
+            expect(False, f"input {number}: {NEVER_CALLED.format(type(module).__name__)}")
         except Enough as enough:
             (x,) = enough.args
         finally:
             handle.remove()
+            for part, mode in modes:
+                part.training = mode
         mask = kwargs.get("attention_mask")
-        yield (x if mask is None else x[mask.bool().to(x.device)]).flatten(0, -2).detach()
+        mask = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.device)
+        if x.ndim == 2 and len(x) == mask.numel():  # all tokens in a row, as experts take them
+            x = x.view(*mask.shape, -1)
+        fits = x.shape[: mask.ndim] == mask.shape and (mask.ndim > 1 or x.ndim == 2)
+        shapes = f"attention_mask is {tuple(mask.shape)}, x {tuple(x.shape)}"
+        expect(fits, f"input {number}: {shapes}, expected (batch, tokens), (batch, tokens, ..., d)")
+        late = (mask.bool().cumsum(-1) > skip) & mask.bool()
+        x = x[late].flatten(0, -2).detach()
+        norm = x.float().norm(dim=-1)
+        long = norm > most * norm.median()
+        if left_out is not None:
+            left_out.update(first=int((mask.bool() ^ late).sum()), long=int(long.sum()))
+        yield x[~long]
 
 
 def hidden(module: nn.Module, output) -> Tensor:
@@ -863,13 +888,13 @@ def hidden(module: nn.Module, output) -> Tensor:
 
 
 def shuffle(batches: Iterable[Tensor], batch: int, held: int, seed: int = 0) -> Iterator[Tensor]:
-    """The rows of all `batches`, each once, `batch` at a time, in random order as far as `held` go.
-    Rows of one text come together and are much alike. At most `held` are kept (and what is read
-    last; twice that while they are permuted): whenever so many are there, half are given out."""
+    """The rows of all `batches`, each once, `batch` at a time, in random order as far as `held` go:
+    rows of one text are much alike. Whenever `held` are there, half of them are given out."""
     positive("batch", batch), positive("held", held)
     generator, pool, n = torch.Generator().manual_seed(seed), [], 0
     for x in itertools.chain(batches, [None]):
         if x is not None:
+            expect(x.ndim == 2, f"got {tuple(x.shape)}, expected (tokens, d)")
             pool.append(x)
             n += len(x)
         if n == 0 or (x is not None and n < max(held, 2 * batch)):
@@ -878,110 +903,68 @@ def shuffle(batches: Iterable[Tensor], batch: int, held: int, seed: int = 0) -> 
         pool.clear()
         x_held = x_held[order.to(x_held.device)]
         out = n if x is None else max(batch, (n - held // 2) // batch * batch)
-        yield from x_held[:out].split(batch)
+        yield from map(torch.clone, x_held[:out].split(batch))  # views would keep all of x_held
         pool, n = [x_held[out:].clone()], n - out
 
 
 @contextmanager
 def splice(module: nn.Module, put: SAE | str | Tensor) -> Iterator[None]:
-    """Within, `put` stands in for the module's output x: an SAE's x̂, "zero", or a tensor (d,), say
-    the mean of x. The hook is gone afterwards, whatever happened."""
+    """Within, `put` stands in for the module's output x: an SAE's x̂, "zero", or (d,), say E x."""
+    put = unwrapped(put) if isinstance(put, nn.Module) else put
     known = put == "zero" if isinstance(put, str) else isinstance(put, SAE | Tensor)
-    known = known and not getattr(put, "stack", ())
+    known, calls = known and not getattr(put, "stack", ()), []
     expect(known, f"put is {put!r}, expected a single SAE, 'zero' or a tensor")
 
     def replace(_, args, output):
         x = hidden(module, output)
+        calls.append(x.shape)
         if isinstance(put, SAE):
             new = put(x.to(put.W_dec.dtype)).to(x)
         else:
-            new = (torch.zeros(()) if isinstance(put, str) else put).to(x).expand_as(x)
+            new = x.new_zeros(x.shape[-1]) if isinstance(put, str) else put.to(x)
+            fits = new.shape in (x.shape, x.shape[-1:])
+            expect(fits, f"put is {tuple(new.shape)}, expected a row of x, {tuple(x.shape)}")
+            new = new.expand_as(x)
         make = getattr(type(output), "_make", type(output))  # a namedtuple has its own
         return make([new, *output[1:]]) if isinstance(output, tuple | list) else new
 
     handle = module.register_forward_hook(replace)
     try:
         yield
+        expect(calls, NEVER_CALLED.format(type(module).__name__))
     finally:
         handle.remove()
 
 
-# What does splicing x̂ in for x cost, and which latents matter to the output? Gradients answer the
-# second cheaply, but cannot see a jump. For θ ≥ 0, JumpReLU_θ(z) = z 1[z > θ] and ReLU(z - θ) have
-# one gradient, 1[z > θ], and so every attribution made of gradients is equal for both. Yet patching
-# z from 0 gives z in the one and z - θ in the other, for z > θ. Integrated gradients say z - θ for
-# both: complete for the ReLU, and short by exactly the jump θ for the other.
-
-
 def loss_recovered(ce_sae: Tensor, ce_clean: Tensor, ce_ablated: Tensor) -> Tensor:
     """(CE_ablated - CE_sae) / (CE_ablated - CE_clean), of floats or tensors: 1 is as good as x.
-    "Ablated" has 0, or the mean of x, for x. That choice never changes which of two SAEs is better:
-    the score is affine and falling in CE_sae. But zeros mostly break the model more than the mean:
-    a weak baseline, which inflates it. ValueError unless ablating hurts: the order would turn."""
+    "Ablated" has 0, or E x, for x: mostly, zeros break the model more, which inflates the score; it
+    never changes which of two SAEs is better. ValueError unless ablating hurts: that would."""
     gap = ce_ablated - ce_clean
     hurts = bool(torch.as_tensor((gap > 0) & (gap < math.inf)).all())
     expect(hurts, f"ce_ablated - ce_clean is {gap}, expected positive and finite")
     return (ce_ablated - ce_sae) / gap
 
 
-def compute_multiple(compute: Tensor, loss: Tensor, ce_sae: Tensor, ce_clean: Tensor) -> Tensor:
-    """C(CE_sae) / C(CE_clean), where log L = a - b log C(L): the share of the compute that trains a
-    model as good as the spliced one, 1 without a hit. Of floats or tensors; float64.
-    a, b: least squares over smaller models, (n,) twice; a floor of the loss makes the share too
-    large. ValueError unless all is positive, two computes differ, and the curve falls."""
-    given = compute, loss, ce_sae, ce_clean
-    C, L, sae, clean = (torch.as_tensor(v, dtype=torch.float64) for v in given)
-    valid = C.ndim == 1 and C.shape == L.shape and len(C.log().unique()) > 1
-    valid = valid and all(bool(((v > 0) & v.isfinite()).all()) for v in (C, L, sae, clean))
-    expect(valid, f"got {given}, expected n > 1 distinct computes, n losses, all positive")
-    dc, dl = (v.log() - v.log().mean() for v in (C, L))
-    b = -(dc @ dl) / (dc @ dc)
-    expect(bool(b >= 1e-12), f"loss falls as compute^-b with b = {b:.3g}, expected b > 0")
-    return (clean / sae) ** (1 / b)  # C(L) = (eᵃ / L)^(1/b), and a cancels
-
-
-@torch.enable_grad()
-def _gradient(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    z = z.detach().requires_grad_()
-    value = fn(z)
-    expect(value.shape == z.shape[:-1], f"fn gave {value.shape}, expected {z.shape[:-1]}")
-    # The empty sum ties a bare step, which has no graph, to z: gradient 0 and no error.
-    return torch.autograd.grad(value.sum() + z[..., :0].sum(), z)[0]
-
-
-def integrated_gradients(fn: Callable, z: Tensor, baseline: Tensor, steps: int) -> Tensor:
-    """(z - z₀) ⊙ ∫₀¹ ∇fn(z₀ + t (z - z₀)) dt by the midpoint rule, (..., d), for z₀ = baseline.
-    fn: (..., d) -> (...), row by row. Complete where fn is continuous: the sum over d tends to
-    fn(z) - fn(z₀) with more steps. A ReLU's kink may cost its coordinate |z - z₀| / (2 steps)."""
-    positive("steps", steps)
-    path = (baseline + (k + 0.5) / steps * (z - baseline) for k in range(steps))
-    return (z - baseline).detach() * sum(_gradient(fn, point) for point in path) / steps
-
-
-def attribution_patching(fn: Callable, z: Tensor, z_patch: Tensor) -> Tensor:
-    """∇fn(z) ⊙ (z_patch - z), (..., d): every patch's effect to first order, in one backward."""
-    return _gradient(fn, z) * (z_patch - z).detach()
-
-
-@torch.no_grad()
-def activation_patching(fn: Callable, z: Tensor, z_patch: Tensor) -> Tensor:
-    """fn(z with z_patch in coordinate i) - fn(z) for each i, (..., d): the effect; d + 1 calls."""
-    at = torch.eye(z.shape[-1], dtype=torch.bool, device=z.device)
-    values = torch.stack([fn(z), *(fn(torch.where(i, z_patch, z)) for i in at)], -1)
-    expect(values.shape[:-1] == z.shape[:-1], f"fn gave {values.shape[:-1]}, not {z.shape[:-1]}")
-    return values[..., 1:] - values[..., :1]
-
-
 # -- 11 · Files ------------------------------------------------------------------------------------
-# The layout is SAELens's, a folder with two files, so that weights travel both ways.
+# The layout is SAELens's; dictionary-learning's and Gemma Scope's are read as well.
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+FILES = {WEIGHTS_FILE: CONFIG_FILE, "ae.pt": "config.json", "params.safetensors": "config.json"}
+FILES |= {"params.npz": None, "sae.safetensors": CONFIG_FILE}  # the last is sparsify's: refused
 KINDS: dict[str, Callable[..., SAE]] = dict(standard=StandardSAE, gated=GatedSAE)
 KINDS |= dict(gated_untied=partial(GatedSAE, tied=False), gated_sigmoid=SigmoidGatedSAE)
 KINDS |= dict(gated_natural=NaturalGatedSAE, soft_cutoff=SoftCutoffSAE, jumprelu=JumpReLUSAE)
+# Names of others: of kinds; of parameters, those with .weight the transposed of ours.
+RAW = dict.fromkeys(("JumpReluAutoEncoder", "jump_relu"), "jumprelu")  # encode x, not x - b_dec
+ALIASES = RAW | dict(AutoEncoder="standard", GatedAutoEncoder="gated")
+NAMES = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
+GATED = NAMES | dict(decoder_bias="b_dec", gate_bias="b_gate", mag_bias="b_mag", r_mag="r_mag")
+STANDARD = NAMES | {"bias": "b_dec", "encoder.bias": "b_enc"}
+RENAMED = GATED | STANDARD | dict(w_enc="W_enc", w_dec="W_dec")
 # What SAELens may do, or an older version of this file, and this one does not: refused.
 FIXED = dict.fromkeys(("activation_fn", "activation_fn_str"), "relu") | dict(a=1, normalize=False)
-FIXED |= dict(normalize_activations="none", reshape_activations="none", apply_b_dec_to_input=True)
+FIXED |= dict(normalize_activations="none", reshape_activations="none")
 
 
 def architecture(sae: SAE) -> str:
@@ -993,19 +976,18 @@ def architecture(sae: SAE) -> str:
 
 def save(sae: SAE, folder: str | os.PathLike) -> None:
     """Write an SAE to a new folder. SAELens loads a single Standard, tied Gated or JumpReLU SAE.
-    It comes into being in one move: a kill leaves all of it, or a NAME.new which the next clears.
-    """
+    It is there in one move: a kill leaves all of it, or a NAME.new which the next clears."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder, new = Path(folder), Path(f"{Path(folder)}.new")
+    sae, folder, new = unwrapped(sae), Path(folder), Path(f"{Path(folder)}.new")
     expect(not folder.exists(), f"{folder} exists, expected a new folder to save into")
     expect(not sae.W_dec.is_meta, "the SAE is on the meta device, expected one that has numbers")
     config = dict(architecture=architecture(sae), dtype=str(sae.W_dec.dtype).removeprefix("torch."))
-    given = {key: FIXED[key] for key in FIXED if key.endswith(("activations", "input"))}
-    config |= sae.config | given | dict(device="cpu", metadata={})
+    config |= sae.config | {key: FIXED[key] for key in FIXED if key.endswith("_activations")}
+    config |= dict(apply_b_dec_to_input=True, device="cpu", metadata={})
     tensors = {name: t.detach().contiguous() for name, t in sae.state_dict().items()}
-    _fill(type(sae)(**sae.config, dtype=sae.W_dec.dtype, device="meta"), tensors, "the SAE")
+    _fill(type(sae)(**sae.config, dtype=sae.W_dec.dtype, device="meta"), tensors)
     shutil.rmtree(new, ignore_errors=True)
     try:
         new.mkdir(parents=True)
@@ -1019,58 +1001,76 @@ def save(sae: SAE, folder: str | os.PathLike) -> None:
 
 
 def load(folder: str | os.PathLike, device: torch.device | str = "cpu") -> SAE:
-    """The SAE that `save`, or SAELens's `save_model`, wrote to `folder`, in its own dtype.
-    What is missing, broken, unknown here, or does not fit raises ValueError. Nothing is unpickled.
-    """
-    from safetensors.torch import load_file
-
+    """The SAE in a folder that `save`, SAELens, dictionary-learning or Gemma Scope wrote. What is
+    missing, broken, unknown here, or does not fit is a ValueError. Only tensors are unpickled."""
     try:
-        config = json.loads((Path(folder) / CONFIG_FILE).read_bytes())
-        odd = {key: config[key] for key, known in FIXED.items() if config.get(key, known) != known}
-        expect(not odd, f"got {odd}, expected {FIXED}")
-        kind = KINDS[config["architecture"]]
-        dtype = getattr(torch, config.get("dtype", "float32").removeprefix("torch."))
-        options = {key: config[key] for key in kind(1, 1).config if key in config}
-        sae = kind(**options, dtype=dtype, device="meta")
-        # Copies: what load_file returns is the file itself, and would change with it.
-        tensors = {name: t.clone() for name, t in load_file(Path(folder) / WEIGHTS_FILE).items()}
+        holds = sorted(os.listdir(folder))
+        file = next((file for file in FILES if file in holds), None)
+        expect(file, f"it holds {holds}, expected {WEIGHTS_FILE} or one of {[*FILES][1:]}")
+        said = FILES[file] if FILES[file] in holds or not file.startswith("params") else None
+        config = json.loads((Path(folder) / said).read_bytes()) if said else {}
+        return _read(config, _tensors(Path(folder) / file)).to(device)
     except Exception as error:  # a broken file may raise anything
         wanted = f"{CONFIG_FILE} of one of {[*KINDS]}, and {WEIGHTS_FILE}"
         raise ValueError(f"{folder}: {type(error).__name__}: {error}, expected {wanted}") from None
-    return _fill(sae, tensors, folder).to(device)
 
 
-def _fill(sae: SAE, tensors: Mapping[str, Tensor], source) -> SAE:
-    """An SAE on the meta device, given its numbers."""
-    expected = {name: (*p.shape, p.dtype) for name, p in sae.state_dict().items()}
-    found = {name: (*t.shape, t.dtype) for name, t in tensors.items()}
-    expect(found == expected, f"{source}: the weights are {found}, expected {expected}")
-    sae.load_state_dict({name: t.contiguous() for name, t in tensors.items()}, assign=True)
+def _tensors(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".pt":
+        return torch.load(file, "cpu", weights_only=True)
+    if file.suffix == ".npz":
+        import numpy as np
+
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays}
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+@torch.no_grad()
+def _read(config: Mapping, tensors: Mapping[str, Tensor]) -> SAE:
+    """The SAE that files describe and hold, in copies; what is not said is seen from names."""
+    held = "gated" if "r_mag" in tensors else "jump_relu" if "threshold" in tensors else "standard"
+    held = "topk" if "k" in config else "transcoder" if "hf_hook_point_out" in config else held
+    said = config.get("trainer", {}).get("dict_class") or config.get("architecture") or held
+    kind = KINDS.get(ALIASES.get(said, said)) if held != "transcoder" else None
+    expect(kind, f"this is a {said} SAE or transcoder, expected one of {[*KINDS]}")
+    odd = {key: config[key] for key, v in FIXED.items() if config.get(key) not in (None, False, v)}
+    expect(not odd, f"got {odd}, expected {FIXED}")
+    ours = {RENAMED.get(k, k): t.movedim(0, -1) if "weight" in k else t for k, t in tensors.items()}
+    ours = {k: t for k, t in ours.items() if not k.endswith("scaling_factor") or (t != 1).any()}
+    W_enc = torch.atleast_2d(ours.get("W_enc", torch.ones(1)))
+    options = dict(zip(("d_in", "d_sae"), W_enc.shape[-2:], strict=True)) | config
+    options = {key: options[key] for key in kind(1, 1).config if key in options}
+    dtype = str(config.get("dtype", W_enc.dtype)).removeprefix("torch.")
+    sae = kind(**options, dtype=getattr(torch, dtype), device="meta")
+    _fill(sae, {name: t.to(sae.W_dec.dtype, copy=True) for name, t in ours.items()})
+    if not config.get("apply_b_dec_to_input", said not in RAW):
+        shift = sae.b_dec @ sae.W_enc  # x W_enc = (x - b_dec) W_enc + b_dec W_enc
+        getattr(sae, sae.opener).add_(shift)
+        if isinstance(sae, GatedSAE):
+            sae.b_mag.add_(sae.r_mag.exp() * shift)
     return sae
 
 
-# dictionary-learning's names of our parameters, and its matrices are ours transposed.
-NAMES = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
-GATED = dict(decoder_bias="b_dec", gate_bias="b_gate", mag_bias="b_mag", r_mag="r_mag")
-STANDARD = {"bias": "b_dec", "encoder.bias": "b_enc"}
-DICTIONARY_LEARNING = {"standard": NAMES | STANDARD, "gated": NAMES | GATED}
+def _fill(sae: SAE, tensors: Mapping[str, Tensor]) -> None:
+    """Give an SAE on the meta device its numbers."""
+    expected = {name: (*p.shape, p.dtype) for name, p in sae.state_dict().items()}
+    found = {name: (*t.shape, t.dtype) for name, t in tensors.items()}
+    expect(found == expected, f"the weights are {found}, expected {expected}")
+    sae.load_state_dict({name: t.contiguous() for name, t in tensors.items()}, assign=True)
 
 
 def from_dictionary_learning(state: Mapping[str, Tensor]) -> SAE:
-    """The SAE in a state dict of dictionary-learning's GatedAutoEncoder or AutoEncoder."""
-    kind = "gated" if "r_mag" in state else "standard"
-    names = DICTIONARY_LEARNING[kind]
-    fits = set(state) == set(names) and state["encoder.weight"].ndim == 2
-    expect(fits, f"the state holds {sorted(state)}, expected {sorted(names)}")
-    turned = {old: t.mT if t.ndim == 2 else t for old, t in state.items()}
-    tensors = {new: turned[old].detach().clone() for old, new in names.items()}
-    sae = KINDS[kind](*tensors["W_enc"].shape, dtype=tensors["W_enc"].dtype, device="meta")
-    return _fill(sae, tensors, "the state")
+    """The SAE in a state dict of dictionary-learning's Gated-, JumpRelu- or plain AutoEncoder."""
+    return _read({}, state)
 
 
 def to_dictionary_learning(sae: SAE) -> dict[str, Tensor]:
     """The state dict of dictionary-learning's GatedAutoEncoder or AutoEncoder with its outputs."""
-    names = DICTIONARY_LEARNING.get(architecture(sae), {})
+    sae = unwrapped(sae)
+    names = dict(standard=STANDARD, gated=GATED).get(architecture(sae))
     expect(names and not sae.stack, f"got {sae}, expected a single Standard or tied Gated SAE")
     turned = {name: t.mT if t.ndim == 2 else t for name, t in sae.state_dict().items()}
     return {old: turned[new].detach().contiguous().clone() for old, new in names.items()}
@@ -1091,9 +1091,9 @@ bag = partial(F.embedding_bag, mode="sum", include_last_offset=True)
 
 
 class Support:
-    """Some entries (row, latent) of a (*stack, batch, d_sae) tensor, and products with them.
-    Sorted by latent, then by row; both are numbered through the stack. A is (*stack, batch, d_in),
-    C (*stack, d_sae, d_in), s (nnz,). The products have gradients by way of `Known`."""
+    """Some entries (row, latent) of a (*stack, batch, d_sae) tensor, and products with them. Sorted
+    by latent, then by row; both are numbered through the stack. A is (*stack, batch, d_in),
+    C (*stack, d_sae, d_in), s (nnz,). `Known` has their gradients."""
 
     def __init__(self, latent: Tensor, row: Tensor, x_shape: torch.Size, b_shape: torch.Size):
         self.latent, self.row, self.x_shape, self.b_shape = latent, row, x_shape, b_shape
@@ -1233,9 +1233,9 @@ def sparse_losses(sae: SAE, x: Tensor) -> Losses:
 
 def has_sparse_path(sae: SAE) -> bool:
     """Whether it is a Standard or a tied Gated SAE, in float32 or float64, on a CPU or on CUDA."""
-    W_dec, kinds = sae.W_dec, (StandardSAE, GatedSAE, NaturalGatedSAE)
-    able = W_dec.device.type in ("cpu", "cuda") and W_dec.dtype in (torch.float32, torch.float64)
-    return able and type(sae) in kinds and getattr(sae, "tied", True)
+    able = sae.W_dec.is_cpu or sae.W_dec.is_cuda
+    able = able and sae.W_dec.dtype in (torch.float32, torch.float64) and getattr(sae, "tied", True)
+    return able and type(sae) in (StandardSAE, GatedSAE, NaturalGatedSAE)
 
 
 def fast_losses(sae: SAE, x: Tensor) -> Losses:

@@ -8,8 +8,10 @@ There are more features than dimensions; on each row a few fire, each along its 
 An SAE sees x alone. Here D and f are known too, so one can ask whether it found them.
 """
 
+import os
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,19 @@ from torch.nn import functional as F
 def _expect(ok: bool | Tensor, name: str, came: object, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name} is {came!r}, expected {expected}")
+
+
+def _number(name: str, value: float, low: float, high: float = 2**31, kind=Integral) -> float:
+    fits = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+    _expect(fits, name, value, f"{'an int' if kind is Integral else 'a number'} in [{low}, {high}]")
+    return int(value) if kind is Integral else float(value)
+
+
+def _tensor(name: str, value: object, dtype: torch.dtype | None = None) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {value!r}, expected numbers") from None
 
 
 def random_directions(n: int, d: int, generator: torch.Generator) -> Tensor:
@@ -63,7 +78,9 @@ MAGNITUDES = dict(  # each draws positive ones, of mean 1; σ of the log-normal 
 
 def zipf(n_features: int, active: float, exponent: float = 1.0) -> Tensor:
     """Probabilities ∝ rank^-exponent, none above 1 and `active` in sum: (n_features,)."""
-    _expect(0 < active <= n_features, "active", active, f"above 0 and at most {n_features}")
+    n_features = _number("n_features", n_features, 1)
+    active = _number("active", active, 1e-300, n_features, Real)
+    exponent = _number("exponent", exponent, 0, 32, Real)
     weight = torch.arange(1, n_features + 1, dtype=torch.float64) ** -exponent
     p = torch.ones_like(weight)
     for i in range(n_features):  # those before i are capped at 1, the others share what is left
@@ -108,28 +125,29 @@ class SuperpositionData:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
-        for name, size in dict(d_in=d_in, n_features=n_features, rank=rank).items():
-            _expect(isinstance(size, int) and size > 0, name, size, "a positive integer")
-        _expect(magnitude in MAGNITUDES, "magnitude", magnitude, f"one of {list(MAGNITUDES)}")
-        _expect(0 <= correlation < 1, "correlation", correlation, "a number in [0, 1)")
-        _expect(0 <= noise < float("inf"), "noise", noise, "a finite number ≥ 0")
-        self.d_in, self.n_features, self.noise, self.magnitude = d_in, n_features, noise, magnitude
+        d_in, n_features = _number("d_in", d_in, 1), _number("n_features", n_features, 1)
+        rank, seed = _number("rank", rank, 1), _number("seed", seed, 0, 2**62)
+        correlation = _number("correlation", correlation, 0, 1 - 1e-9, Real)
+        self.noise = _number("noise", noise, 0, 1e38, Real)
+        _expect(magnitude in [*MAGNITUDES], "magnitude", magnitude, f"one of {list(MAGNITUDES)}")
+        self.d_in, self.n_features, self.magnitude = d_in, n_features, magnitude
         # Not `seed` itself: an SAE drawn from it would start at the truth. (torch uses 32 bits.)
         generator = torch.Generator().manual_seed(seed + 2**31)
         D, shape = dictionary, (n_features, d_in)
         if isinstance(D, str):
             _expect(D in DICTIONARIES, "dictionary", D, f"one of {list(DICTIONARIES)}")
             D = DICTIONARIES[D](*shape, generator)
+        D, mean = _tensor("dictionary", D).float(), _tensor("mean", mean, torch.float32)
         valid = D.shape == shape and ((D.norm(dim=-1) - 1).abs() < 1e-4).all()
         _expect(valid, "dictionary", tuple(D.shape), f"{shape} of unit rows")
-        mean = mean if isinstance(mean, Tensor) else mean * random_directions(1, d_in, generator)[0]
+        mean = mean if mean.ndim else mean * random_directions(1, d_in, generator)[0]
         valid = mean.shape == (d_in,) and mean.isfinite().all()
         _expect(valid, "mean", mean, f"finite and of shape ({d_in},)")
-        p = torch.as_tensor(firing, dtype=torch.float64)
+        p = _tensor("firing", firing, torch.float64)
         valid = p.shape in ((), (n_features,)) and ((p >= 0) & (p <= 1)).all()
         _expect(valid, "firing", firing, f"1 or {n_features} numbers in [0, 1]")
         p = p.expand(n_features)
-        self.dictionary, self.mean = D.float().to(device), mean.to(device)
+        self.dictionary, self.mean = D.to(device), mean.to(device)
         self.firing = p.float().to(device)
         self._set_draws(p, parents, groups, correlation, rank, generator)
         few = p.mean() < 0.1 and p.max() < 0.99 and p.sum() > 0 and self.firing.is_cpu
@@ -137,7 +155,7 @@ class SuperpositionData:
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """x (batch, d_in) and the true f (batch, n_features). `generator` on the data's device."""
-        _expect(isinstance(batch, int) and batch > 0, "batch", batch, "a positive integer")
+        batch = _number("batch", batch, 1)
         at = dict(generator=generator, device=self.dictionary.device)
         if self._stretch is None:
             f = MAGNITUDES[self.magnitude]((batch, self.n_features), **at)
@@ -159,7 +177,7 @@ class SuperpositionData:
     # Independent ones have each a draw of their own, and the interval [0, p).
 
     def _indices(self, name: str, given: Sequence[int] | None, end: float) -> Tensor:
-        index = torch.as_tensor([-1] * self.n_features if given is None else given)
+        index = _tensor(name, [-1] * self.n_features if given is None else given)
         valid = index.shape == (self.n_features,) and not index.is_floating_point()
         valid = valid and index.min() >= -1 and index.max() < end
         _expect(valid, name, given, f"{self.n_features} indices, or -1 for none")
@@ -241,31 +259,13 @@ class SuperpositionData:
 
 
 # -- Scores against the truth ----------------------------------------------------------------------
-# Cosines are signed: no feature or latent goes negative, so an opposite direction is another one.
-
-
-def _cosines(D: Tensor, W_dec: Tensor) -> Tensor:
-    return F.normalize(D.float(), dim=-1) @ F.normalize(W_dec.to(D.device).float(), dim=-1).T
-
-
-def mean_max_cosine(D: Tensor, W_dec: Tensor) -> float:
-    """Mean over rows of D (n_features, d_in) of the best cosine with a row of W_dec."""
-    return float(_cosines(D, W_dec).amax(1).mean())
-
-
-def mean_correlation_coefficient(D: Tensor, W_dec: Tensor) -> float:
-    """Mean cosine of the min(n_features, d_sae) pairs of the best matching (arXiv 2505.20254)."""
-    from scipy.optimize import linear_sum_assignment
-
-    cosines = _cosines(D, W_dec).cpu().numpy()
-    return float(cosines[linear_sum_assignment(cosines, maximize=True)].mean())
 
 
 class Recovery(NamedTuple):
     """How much of the truth an SAE found; 1 is all."""
 
     mmcs: float  # mean max cosine similarity: over features, of the best cosine with a latent
-    mcc: float  # mean correlation coefficient: mean cosine in the best one-to-one matching
+    mcc: float  # mean correlation coefficient, in the best one-to-one matching (arXiv 2505.20254)
     uniqueness: float  # share of latents (of features, if these are fewer) with a feature to itself
     precision: float  # of each latent as detector of its best-matching feature, mean over latents
     recall: float
@@ -273,24 +273,29 @@ class Recovery(NamedTuple):
 
 
 @torch.no_grad()
-def recovery(sae, data: SuperpositionData, rows: int = 20_000, seed: int = 1) -> Recovery:
-    """All scores of one SAE, that is of anything with W_dec and encode. Detection is measured on
-    `rows` fresh rows, over the latents that fire and whose feature does."""
-    D, W_dec = data.dictionary, sae.W_dec.detach()
+def recovery(sae, data: SuperpositionData, rows=20_000, seed=1, signed=True) -> Recovery:
+    """All scores of one SAE: of anything with W_dec and encode. Detection is measured on fresh
+    rows, over all latents: one that never fires has found nothing. Cosines are signed: nothing goes
+    negative, so opposites are two directions. SAELens takes absolute ones: signed=False."""
+    from scipy.optimize import linear_sum_assignment
+
+    D, W_dec = data.dictionary, sae.W_dec.detach().to(data.dictionary)
     _expect(W_dec.ndim == 2, "W_dec", tuple(W_dec.shape), "(d_sae, d_in): one SAE, no stack")
-    best = _cosines(D, W_dec).argmax(0)  # (d_sae,): the feature that each latent points at
+    rows, generator = _number("rows", rows, 1), torch.Generator(D.device).manual_seed(seed)
+    cosines = F.normalize(D, dim=-1) @ F.normalize(W_dec, dim=-1).T
+    cosines = (cosines if signed else cosines.abs()).cpu()
+    pairs = linear_sum_assignment(cosines.numpy(), maximize=True)
+    best = cosines.argmax(0).to(D.device)  # (d_sae,): the feature that each latent points at
     counts = torch.zeros(3, len(W_dec), device=D.device)
-    generator = torch.Generator(D.device).manual_seed(seed)
     for start in range(0, rows, 1000):
         x, f = data.sample(min(1000, rows - start), generator)
-        detected, true = sae.encode(x.to(W_dec)).to(D.device) > 0, f[:, best] > 0
+        detected, true = sae.encode(x.to(sae.W_dec)).to(D.device) > 0, f[:, best] > 0
         counts += torch.stack([detected & true, detected, true]).sum(1)
-    hits, fires, occurs = counts[:, (counts[1:] > 0).all(0)]
+    hits, fires, occurs = counts
     ratios = hits / fires, hits / occurs, 2 * hits / (fires + occurs)
-    precision, recall, f1 = (float(r.mean()) if len(r) else 0.0 for r in ratios)
-    mmcs, mcc = mean_max_cosine(D, W_dec), mean_correlation_coefficient(D, W_dec)
-    uniqueness = len(best.unique()) / min(len(W_dec), len(D))
-    return Recovery(mmcs, mcc, uniqueness, precision, recall, f1)
+    detection = (float(r.nan_to_num(0).mean()) for r in ratios)
+    mmcs, mcc = float(cosines.amax(1).mean()), float(cosines[pairs].mean())
+    return Recovery(mmcs, mcc, len(best.unique()) / min(cosines.shape), *detection)
 
 
 # -- A file of it: python toy_data.py activations.npy ----------------------------------------------
@@ -307,13 +312,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--features", type=int, default=256, help="true ones; 5 fire on a row")
     parser.add_argument("--seed", type=int, default=0, help="of the features and of the rows")
     args = parser.parse_args(arguments)
-    if not args.file.endswith(".npy"):
-        parser.error(f"file is {args.file!r}, expected one that ends in .npy")
-    data = SuperpositionData(args.d_in, args.features, firing=5 / args.features, seed=args.seed)
-    out = np.lib.format.open_memmap(args.file, "w+", np.float32, (args.rows, args.d_in))
-    for first, x in zip(range(0, args.rows, 10_000), data.batches(10_000, args.seed), strict=False):
-        out[first : first + 10_000] = x[: args.rows - first].numpy()
-    out.flush()
+    new = f"{args.file}.new"  # a kill leaves this one, and no file of which half is zeros
+    try:
+        _expect(args.file.endswith(".npy"), "file", args.file, "one that ends in .npy")
+        rows, p = _number("--rows", args.rows, 1), 5 / _number("--features", args.features, 5)
+        data = SuperpositionData(args.d_in, args.features, firing=p, seed=args.seed)
+        out = np.lib.format.open_memmap(new, "w+", np.float32, (rows, args.d_in))
+        for first, x in zip(range(0, rows, 10_000), data.batches(10_000, args.seed), strict=False):
+            out[first : first + 10_000] = x[: rows - first].numpy()
+        out.flush()
+        os.replace(new, args.file)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import gated_sae
 from gated_sae import SAE, GatedSAE, Moments, StandardSAE, moments
-from results import measure
+from results import attribution, measure
 from results.measure import EVIDENCE, HIGH, LOW, WORLDS, Recipe, gradient, sae_with, spread, world
 from toy_data import recovery
 
@@ -219,8 +219,10 @@ class Claims:
         """two usual losses have the gradient of three terms, aux unfrozen"""
         x, sae = self.x, sae_with(self.gated.state_dict(), aux="unfrozen")
         pi_gate, pi_mag = sae.paths(x)
-        args = x, gated_sae.gate(pi_gate, pi_mag), pi_gate, sae.W_dec, sae.b_dec
-        two = sum(losses.total(0.9).sum() for losses in gated_sae.two_standard_losses(*args))
+        f, f_gate, is_open = sae.gate(pi_gate, pi_mag), pi_gate.relu(), (pi_gate > 0).double()
+        charged = (f, is_open), (f_gate, f_gate)  # a binary gate has no gradient
+        usual = [gated_sae.penalised_losses(x, *pair, sae.W_dec, sae.b_dec) for pair in charged]
+        two = sum(losses.total(0.9).sum() for losses in usual)
         three, names = sae.losses(x).total(0.9).sum(), sae.state_dict()
         off = [largest(gradient(sae, two, name) - gradient(sae, three, name)) for name in names]
         yield "largest distance of gradients", torch.stack(off).amax(0), near(0, 1e-9)
@@ -350,7 +352,7 @@ class Claims:
         pi = (sae.project(self.x[:, :200]) + gated_sae.as_row(sae.b_enc)).detach()
         theta = gated_sae.as_row(sae.threshold)
         out = lambda pi: gated_sae.jump_relu(pi, sae.threshold).sum(-1)  # noqa: E731
-        attributed = gated_sae.integrated_gradients(out, pi, 0 * pi, steps=2000).sum(-1)
+        attributed = attribution.integrated_gradients(out, pi, 0 * pi, steps=2000).sum(-1)
         gap = (out(pi) - out(0 * pi) - attributed).mean(-1)
         jumps = ((pi > theta) * theta).sum(-1).mean(-1)
         yield "completeness gap of IG", gap

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import altair as alt
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -23,6 +24,33 @@ RESULTS = Path(__file__).parent
 def read(name: str, folder: Path = RESULTS):
     """What was measured: "pareto", "claims", "runs" or "language"."""
     return json.loads((folder / f"{name}.json").read_text())
+
+
+def remembered(file: Path, made: dict, measure: Callable[[], dict]) -> dict:
+    """The row of a file of JSON lines that holds all of `made`, or a new one, which is appended."""
+    for row in map(json.loads, file.read_text().splitlines() if file.exists() else []):
+        if made.items() <= row.items():
+            return row
+    row = made | measure()
+    with file.open("a") as lines:
+        print(json.dumps(row, ensure_ascii=False), file=lines)
+    return row
+
+
+def activations(file: Path, aside: int = 8000) -> tuple[Tensor, Tensor]:
+    """Rows of an .npy file, so that E‖x‖² = d_in and E x = 0: all but the first, and these."""
+    x = torch.from_numpy(np.load(file)).float()
+    x -= x[aside:].mean(0)
+    x *= (x.shape[1] / x[aside:].square().sum(-1).mean()) ** 0.5
+    return x[aside:], x[:aside]
+
+
+def epochs(x: Tensor, batch: int, steps: int, seed: int = 0) -> Iterator[Tensor]:
+    """Batches, each row once in an epoch, each epoch in another order."""
+    order = torch.Generator().manual_seed(seed)
+    orders = (torch.randperm(len(x), generator=order).split(batch) for _ in itertools.count())
+    whole = (x[rows] for rows in itertools.chain.from_iterable(orders) if len(rows) == batch)
+    return itertools.islice(whole, steps)
 
 
 WORLDS = ("plain", "Zipf, correlated", "hierarchical")

@@ -1,31 +1,29 @@
 """How an SAE should start: python results/starts.py ACTIVATIONS.npy; goes on where it stopped.
 
-Gated SAEs on rows of E‖x - E x‖² = d_in, batch 512. W_enc is so many times W_decᵀ; each gate opens
-at so many root mean squares of its z; what else differs from the defaults is named.
+Gated SAEs on centred rows of E‖x‖² = d_in, batch 512. W_enc is so many times W_decᵀ; gates open at
+so many root mean squares of z; what else differs from the defaults is named.
 """
 
 import argparse
 import itertools
-import json
-import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gated_sae import GatedSAE, Trainer, evaluate, variance
-from results.measure import RESULTS, as_markdown
+from gated_sae import GatedSAE, Trainer, evaluate, start
+from results.measure import RESULTS, activations, as_markdown, epochs, remembered
 from results.rebuild import filled
 
 NEVER = dict(resample_every=None)
 OLD = NEVER | dict(betas=(0.0, 0.999))
 TRIED = {  # factor on W_enc, where gates open, options of the Trainer
-    "as it was: 1, 0; β₁ 0, no resampling, b_dec 0": (1, 0, OLD),
+    "as it was: 1, 0; β₁ 0, no resampling": (1, 0, OLD),
     "0.1, 0; β₁ 0, no resampling": (0.1, 0, OLD),
     "0.1, 2; β₁ 0, no resampling": (0.1, 2, OLD),
     "0.1, 2; no resampling": (0.1, 2, NEVER),
@@ -39,60 +37,59 @@ TRIED = {  # factor on W_enc, where gates open, options of the Trainer
     "0.1, 2; lr 0.1 / √d_in": (0.1, 2, dict(lr=0.1)),
     "0.1, 2; lr 0.2 / √d_in": (0.1, 2, dict(lr=0.2)),
 }
-SIZES = {"d_sae 1024, 1000 steps": (1024, 1000, (5, 10)), "4096, 1500": (4096, 1500, (8,))}
+# d_sae, steps, λ, lr: the search, and what it came to at other sizes and lengths.
+SEARCH = (1024, 1000, 5, None), (1024, 1000, 10, None)
+OTHERS = (768, 500, 6, None), (2048, 500, 6, None), (6144, 1000, 8, None), (4096, 4000, 6, None)
+OTHERS += (1024, 8000, 6, 3e-4), (768, 20000, 6, None)
+OLD_AND_NEW = [*TRIED][:1] + [*TRIED][3:5]
 
 
-def run(x, held_out, tried, d_sae, steps, l1) -> dict:
+def run(x, held_out, tried, d_sae, steps, l1, lr=None) -> dict:
     factor, opens_at, options = TRIED[tried]
-    if "lr" in options:
-        options = options | {"lr": options["lr"] / x.shape[1] ** 0.5}
-    sae, order = GatedSAE(x.shape[1], d_sae), torch.Generator().manual_seed(0)
-    epochs = (torch.randperm(len(x), generator=order)[: len(x) // 512 * 512] for _ in range(99))
-    batches = (x[i] for epoch in epochs for i in epoch.split(512))
-    first = next(batches)
-    with torch.no_grad():  # numbers other than 0 are the caller's: `start` leaves them alone
+    lr = options["lr"] / x.shape[1] ** 0.5 if "lr" in options else lr
+    options = options | dict(lr=lr, steps=steps, l1=l1, device="cpu")
+    sae, first = GatedSAE(x.shape[1], d_sae), next(epochs(x, 512, 1))
+    with torch.no_grad():
         sae.W_enc *= 10 * factor
-        sae.b_dec += 1e-9 if "b_dec 0" in tried else first.mean(0)
-        sae.b_gate -= 1e-9 + opens_at * sae.project(first).square().mean(0).sqrt()
-    trainer, start = Trainer(sae, l1=l1, steps=steps, device="cpu", **options), time.process_time()
-    for batch in tqdm(itertools.islice(batches, steps), f"{tried} | {d_sae}, λ {l1}", steps):
+        start(sae, first)  # again at step 1, where it leaves alone what is not 0
+        sae.b_gate *= max(opens_at, 1e-9) / 2
+    trainer, began = Trainer(sae, **options), time.process_time()
+    for batch in tqdm(epochs(x, 512, steps), f"{tried} | {d_sae}, λ {l1}", steps):
         trainer.step(batch)
-    seconds, m = time.process_time() - start, evaluate(sae, held_out.split(1000))
+    seconds, m = time.process_time() - began, evaluate(sae, held_out.split(1000))
     found = dict(l0=m.l0, fvu=m.fvu, gamma=m.gamma, dead=m.dead_fraction, seconds=seconds)
+    found["silent"] = evaluate(sae, x.split(4000)).dead_fraction  # on all that it was trained on
     return {name: round(float(value), 4) for name, value in found.items()}
 
 
-def table(rows: list[dict]) -> str:
-    lines = []
-    for tried in dict.fromkeys(row["tried"] for row in rows):
-        line = {"W_enc, gates open at": tried}
-        for size, (d_sae, _, strengths) in SIZES.items():
-            for l1 in strengths:
-                key = {"tried": tried, "d_sae": d_sae, "l1": l1}
-                own = [row for row in rows if key.items() <= row.items()]
-                show = "{l0:.2f} / {fvu:.3f} / {:.1f} % / {seconds:.0f} s"
-                text = show.format(100 * own[0]["dead"], **own[0]) if own else ""
-                line[f"{size}, λ {l1}"] = text
-        lines.append(line)
-    return as_markdown(lines)
+def tables(rows: list[dict]) -> dict[str, str]:
+    """The search, starts by sizes, and the others, sizes by starts."""
+
+    def cell(tried, size):
+        key = dict(zip(("tried", "d_sae", "steps", "l1", "lr"), (tried, *size), strict=True))
+        row = next(row for row in rows if key.items() <= row.items())
+        dead = f"{100 * row['dead']:.1f} ({100 * row['silent']:.1f}) %"
+        return f"{row['l0']:.2f} / {row['fvu']:.3f} / {dead} / {row['seconds']:.0f} s"
+
+    def name(size):
+        return "d_sae {}, {} steps, λ {}".format(*size) + (f", lr {size[3]}" if size[3] else "")
+
+    search = [{"": t} | {name(size): cell(t, size) for size in SEARCH} for t in TRIED]
+    others = [{"": name(size)} | {t: cell(t, size) for t in OLD_AND_NEW} for size in OTHERS]
+    return {"starts": as_markdown(search), "sizes": as_markdown(others)}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("activations", type=Path)
     torch.set_num_threads(1)
-    x = torch.from_numpy(np.load(parser.parse_args().activations)).float()
-    x *= math.sqrt(x.shape[1] / variance(x.split(8000), x.shape[1]))
-    file = RESULTS / "starts.json"
-    rows = json.loads(file.read_text()) if file.exists() else []
-    plan = [(t, *size[:2], l1) for size in SIZES.values() for t in TRIED for l1 in size[2]]
-    plan = [row for row in plan if row[1] == 1024 or row[0] in [*TRIED][:5]]  # wide ones take long
-    for tried, d_sae, steps, l1 in plan:
-        made = dict(tried=tried, d_sae=d_sae, steps=steps, l1=l1)
-        if not any(made.items() <= row.items() for row in rows):
-            rows.append(made | run(x[8000:], x[:8000], tried, d_sae, steps, l1))
-            lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-            file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    x, held_out = activations(parser.parse_args().activations)
+    plan = [*itertools.product(TRIED, SEARCH), *itertools.product(OLD_AND_NEW, OTHERS)]
+    rows = []
+    for tried, (d_sae, steps, l1, lr) in plan:
+        made = dict(tried=tried, d_sae=d_sae, steps=steps, l1=l1, lr=lr)
+        own = partial(run, x, held_out, **made)
+        rows.append(remembered(RESULTS / "starts.jsonl", made, own))
     readme = RESULTS / "README.md"
-    readme.write_text(filled(readme.read_text(), {"starts": table(rows)}))
-    print(table(rows))
+    readme.write_text(filled(readme.read_text(), tables(rows)))
+    print(*tables(rows).values(), sep="\n\n")

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import json
 import logging
 import math
 import resource
@@ -24,20 +23,17 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gated_sae import KINDS, GatedSAE, Trainer, sparse_losses, step_on_unit_norm, train, variance
-from results.measure import as_markdown, at_fvu
+from gated_sae import KINDS, GatedSAE, Trainer, sparse_losses, step_on_unit_norm, train
+from results.measure import activations, as_markdown, at_fvu, epochs, remembered
 from toy_data import SuperpositionData
 
 SIZES = ((512, 64, 256, 6), (1024, 128, 1024, 16), (2048, 512, 4096, 32), (2048, 512, 16384, 64))
 LR, L1, ROOT = 1e-9, 0.1, Path(__file__).resolve().parent.parent
-logging.disable(logging.ERROR)  # which peers are full of
-warnings.simplefilter("ignore")
 
 
 def problem(batch, d_in, d_sae, l0):
@@ -264,6 +260,7 @@ QUALITY = {
     ),
 }
 SIZE = dict(d_sae=1024, batch=512, steps=1000, seed=0)
+LRS, LEVELS, POINT = (1e-3, 2e-3, 4e-3, 8e-3), (0.15, 0.2, 0.25), "SAELens gated"
 
 
 @torch.no_grad()
@@ -282,87 +279,116 @@ def measured(encode, decode, held_out):
     return {name: round(value.item(), 5) for name, value in found.items()}
 
 
-def batches(x, batch, seed):
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for rows in torch.randperm(len(x), generator=generator).split(batch):
-            if len(rows) == batch:
-                yield x[rows]
+def quality_run(x, held_out, variant, strength, **size):
+    with contextlib.redirect_stdout(io.StringIO()):
+        make = QUALITY[variant][0]
+        step, encode, decode = make(d_in=x.shape[1], strength=strength, **size)
+    began, steps = time.process_time(), size["steps"]
+    stream = epochs(x, size["batch"], steps, size["seed"])
+    for i, rows in enumerate(
+        tqdm(stream, f"{variant}, {steps} at {size['lr']}, {strength}", steps)
+    ):
+        step(i, rows)
+    seconds = round(time.process_time() - began, 1)
+    return measured(encode, decode, held_out) | {"seconds": seconds}
 
 
-def quality(file, only, size):
-    """L0 at equal FVU on rows (n, d_in) of an .npy file, each competitor at its best of four lr.
+def best_lr(rows):
+    """Where L0 at FVU 0.2 is lowest, on a line through two runs, of log L0 against log FVU."""
 
-    Same centred rows with E‖x - E x‖² = d_in, in the same order, for all; the first 8000 are kept
-    aside. One thread; seconds are of CPU. What was measured stands in FILE.quality.jsonl: start
-    the command again and it goes on, or in another process with other names.
-    """
-    torch.set_num_threads(1)
-    x = torch.from_numpy(np.load(file)).float()
-    x -= x[8000:].mean(0)
-    x *= (x.shape[1] / variance(x[8000:].split(8000), x.shape[1])) ** 0.5
-    store = Path(f"{file}.quality.jsonl")
-
-    def run(name, lr, strength, **other):
-        made = dict(variant=name, lr=lr, l1=strength) | size | other
-        rows = [json.loads(line) for line in store.open()] if store.exists() else []
-        for row in rows:
-            if made.items() <= row.items():
-                return row
-        with contextlib.redirect_stdout(io.StringIO()):
-            step, encode, decode = QUALITY[name][0](d_in=x.shape[1], **made_of(made))
-        stream = itertools.islice(batches(x[8000:], made["batch"], made["seed"]), made["steps"])
-        start = time.process_time()
-        for i, rows in enumerate(tqdm(stream, f"{name}, lr {lr}, {strength}", made["steps"])):
-            step(i, rows)
-        seconds = round(time.process_time() - start, 1)
-        row = made | measured(encode, decode, x[:8000]) | {"seconds": seconds}
-        with store.open("a") as out:
-            print(json.dumps(row), file=out)
-        return row
-
-    def made_of(made):
-        own = {key: made[key] for key in ("d_sae", "steps", "batch", "lr", "seed")}
-        return own | {"strength": made["l1"]}
-
-    def l0_at(rows, level, keys=("gamma",)):  # beyond two runs the line through them goes on
-        return at_fvu(rows, rows[0]["variant"], level, keys)
-
-    def slope(rows):
-        (a, b) = sorted(rows, key=lambda row: row["fvu"])[:2]
+    def l0(lr):
+        a, b = sorted((row for row in rows if row["lr"] == lr), key=lambda row: row["fvu"])[:2]
+        if b["l0"] == 0 or a["fvu"] == b["fvu"]:  # nothing learnt
+            return math.inf
         bend = math.log(a["l0"] / b["l0"]) / math.log(b["fvu"] / a["fvu"])
         return a["l0"] * (a["fvu"] / 0.2) ** bend
 
-    table = []
-    for name in [name for name in QUALITY if not only or name in only]:
+    return min({row["lr"] for row in rows}, key=l0)
+
+
+def quality(file, only, size, store):
+    """L0 at equal FVU on rows (n, d_in) of an .npy file, each competitor at its best of four lr.
+
+    Same rows in the same order for all, scaled and kept aside as `activations` does. One thread;
+    seconds are of CPU: those of the shortest run, of 1, 1/2, 1/4 and 1/8 of the steps, that has no
+    greater L0 at the FVU of the middle run of SAELens gated than that has. What was measured is
+    in `store`: start the command again and it goes on, or with other names in another process.
+    """
+    torch.set_num_threads(1)
+    x, held_out = activations(file)
+    rows = []
+
+    def run(variant, lr, strength, steps=size["steps"]):
+        made = dict(variant=variant, lr=lr, strength=strength) | size | {"steps": steps}
+        rows.append(remembered(store, made, partial(quality_run, x, held_out, **made)))
+
+    for name in [POINT, *(name for name in only or QUALITY if name != POINT)]:
         try:
             low, middle, high = QUALITY[name][1]
-            tried = {lr: [run(name, lr, s) for s in (low, middle)] for lr in LRS}
+            for lr, strength in itertools.product(LRS, (low, middle)):
+                run(name, lr, strength)
         except ImportError as error:
             print(f"without {name}: {error}")
             continue
-        best = min(tried, key=lambda lr: slope(tried[lr]))
-        rows = [*tried[best], run(name, best, high)]
-        found = {level: l0_at(rows, level) for level in (0.15, 0.2, 0.25)}
-        row = {"": name, "lr": best}
-        row |= {f"L0 at FVU {k:g}": round(v[0], 2) if v else "-" for k, v in found.items()}
-        row |= {"gamma": f"{rows[1]['gamma']:.2f}", "dead": f"{100 * rows[1]['dead']:.1f} %"}
-        table.append(row | {"CPU s": f"{rows[1]['seconds']:.0f}"})
-    print(as_markdown(table))
+        lr, steps = best_lr([row for row in rows if row["variant"] == name]), size["steps"]
+        run(name, lr, high)
+        while steps > size["steps"] // 8 and reaches(rows, name, lr, steps):
+            steps //= 2
+            for strength in (low, middle, high):
+                run(name, lr, strength, steps)
+    print(quality_table(rows))
 
 
-LRS = 1e-3, 2e-3, 4e-3, 8e-3
+def reaches(rows, name, lr, steps):
+    """The middle one of a competitor's runs of so many steps, if they reach POINT; or None."""
+    point, own = middle_run(rows, POINT), [r for r in rows if r["steps"] == steps and r["lr"] == lr]
+    at = point and at_fvu(own, name, point["fvu"])
+    return middle_run(own, name) if at and at[0] <= point["l0"] + 1e-9 else None
+
+
+def middle_run(rows, name):
+    """Of the longest, at the best lr."""
+    own = [row for row in rows if row["variant"] == name]
+    if not own:
+        return None
+    own = [row for row in own if row["steps"] == max(row["steps"] for row in own)]
+    own = [row for row in own if row["lr"] == best_lr(own)]
+    return sorted(own, key=lambda row: row["strength"])[1]
+
+
+def quality_table(rows):
+    table = []
+    for name in [name for name in QUALITY if name in {row["variant"] for row in rows}]:
+        middle = middle_run(rows, name)
+        lr, most = middle["lr"], middle["steps"]
+        own = [r for r in rows if r["variant"] == name and r["steps"] == most and r["lr"] == lr]
+        line = {"": name, "lr": lr}
+        for level in LEVELS:
+            found = at_fvu(own, name, level)
+            line[f"L0 at FVU {level:g}"] = f"{found[0]:.2f}" if found else "-"
+        line |= {"gamma": f"{middle['gamma']:.2f}", "dead": f"{100 * middle['dead']:.1f} %"}
+        all_ = [reaches(rows, name, lr, steps) for steps in (most // 8, most // 4, most // 2, most)]
+        first = next(filter(None, all_), None)
+        line |= {"CPU s": f"{middle['seconds']:.0f}"}
+        line |= {f"to {POINT}'s": f"{first['seconds']:.0f}" if first else "-"}
+        table.append(line)
+    return as_markdown(table)
 
 
 if __name__ == "__main__":
+    logging.disable(logging.ERROR)  # which peers are full of
+    warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("what", nargs="*", help="quality FILE.npy [NAME ...]")
     for name, value in SIZE.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="quality")
+    parser.add_argument("--store", type=Path, help="of quality: default FILE.npy.quality.jsonl")
     args = parser.parse_args()
     if args.what[:1] == ["quality"] and len(args.what) > 1:
-        quality(args.what[1], args.what[2:], {name: getattr(args, name) for name in SIZE})
+        size, file = {name: getattr(args, name) for name in SIZE}, args.what[1]
+        store = args.store or Path(f"{file}.quality.jsonl")
+        quality(file, args.what[2:], size, store)
     elif args.what:
         parser.error(f"got {args.what}, expected nothing, or quality FILE.npy [NAME ...]")
     else:

@@ -1,6 +1,7 @@
 """Section 10: activations out of a model, x̂ back into it, what it costs, and attributions."""
 
 import math
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -11,7 +12,13 @@ from random_saes import assert_equal, random_sae, seeds
 from torch import nn
 
 import gated_sae
-from gated_sae import activation_patching, attribution_patching, integrated_gradients, splice
+from gated_sae import loss_recovered, splice
+from results.attribution import (
+    activation_patching,
+    attribution_patching,
+    compute_multiple,
+    integrated_gradients,
+)
 
 
 def randn(*shape, seed):
@@ -78,6 +85,114 @@ def test_rows_are_flat_with_a_mask_as_without():
     heads.inner, heads.forward = model, lambda input_ids, attention_mask: heads.inner(x)
     (found,) = gated_sae.harvest(heads, model, [inputs])
     assert_equal(found, torch.cat([x[0, 0], x[0, 1], x[1, 0]]), rtol=0, atol=0)
+
+
+class Anything(nn.Module):
+    """Puts out x, whatever its shape, by way of a module that trains and one that drops."""
+
+    def __init__(self, d=4):
+        super().__init__()
+        self.inner = nn.Sequential(nn.BatchNorm1d(d), nn.Dropout(0.5)).train()
+
+    def forward(self, x, attention_mask=None):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "fits"),
+    [
+        ((6, 4), (2, 3), True),  # experts, which see all tokens in a row
+        ((6, 4), (6,), True),
+        ((2, 3, 4), (2,), False),
+        ((2, 3, 4), (2, 1, 3, 3), False),
+        ((2, 3, 4), (2, 4), False),
+        ((6, 4), (5,), False),
+        ((5, 4), (2, 3), False),
+    ],
+)
+def test_a_mask_fits_or_both_shapes_are_shown(x, mask, fits):
+    model, x = nn.Module(), randn(*x, seed=0)
+    model.inner, model.forward = nn.Identity(), lambda x, attention_mask: model.inner(x)
+    kept = torch.arange(math.prod(mask)).view(mask) % 2
+    inputs = [dict(x=x, attention_mask=kept)]
+    if not fits:
+        says = rf"input 0: attention_mask is .*{mask[-1]},?\), x \({x.shape[0]}, .*, expected"
+        with pytest.raises(ValueError, match=says):
+            list(gated_sae.harvest(model, model.inner, inputs))
+        return
+    (found,) = gated_sae.harvest(model, model.inner, inputs)
+    assert_equal(found, x[1::2], rtol=0, atol=0)
+
+
+def test_reading_changes_nothing_and_drops_nothing():
+    """A model in training mode reads in eval mode, and each module is put back into its own."""
+    model, x = Anything(), torch.randn(20, 4)
+    model.inner[1].eval()
+    before, modes = str(model.state_dict()), [part.training for part in model.modules()]
+    (found,) = gated_sae.harvest(model, model.inner, [x])
+    assert str(model.state_dict()) == before
+    assert [part.training for part in model.modules()] == modes == [True, True, True, False]
+    assert_equal(found, model.eval()(x))
+    with pytest.raises(RuntimeError):  # the model's own
+        list(gated_sae.harvest(model.train(), model.inner, [torch.ones(3, 5)]))
+    assert all(part.training for part in model.modules())
+
+
+def test_first_tokens_and_long_rows_can_be_left_out_and_are_counted():
+    """The first that count in each text: here padding comes first. Long ones: 0.4 %."""
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+    model, x, left_out = nn.Identity(), randn(3, 5, 4, seed=0), Counter()
+    whole = nn.Module()
+    whole.inner, whole.forward = model, lambda x, attention_mask=None: whole.inner(x)
+    inputs = [dict(x=x, attention_mask=mask)]
+    (found,) = gated_sae.harvest(whole, model, inputs, skip=2, left_out=left_out)
+    assert_equal(found, torch.cat([x[0, 4:], x[1, 2:]]), rtol=0, atol=0)
+    assert left_out == Counter(first=5, long=0)
+    rows = randn(500, 4, seed=1)
+    rows[[7, 300]] *= 1000
+    every = lambda **options: next(gated_sae.harvest(whole, model, [rows], **options))  # noqa: E731
+    kept = torch.cat([rows[:7], rows[8:300], rows[301:]])
+    assert_equal(every(max_norm=20, left_out=left_out), kept, rtol=0, atol=0)
+    assert left_out == Counter(first=5, long=2)
+    assert_equal(every(), rows, rtol=0, atol=0)
+    rows[3] = math.nan  # is shown to whoever comes next
+    assert every(max_norm=20).isnan().any()
+    for odd in (dict(skip=-1), dict(skip=1.5), dict(max_norm=0.0), dict(max_norm="a")):
+        with pytest.raises(ValueError, match=f"{next(iter(odd))} is"):
+            every(**odd)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_a_hook_that_does_not_run_is_named(model):
+    """As in a model that was compiled before, where torch.compile looks at hooks but once."""
+    compiled = torch.compile(model.eval(), backend="eager")
+    compiled(IDS)
+    other, says = nn.Identity(), "the model never called .*torch.compile hides it"
+    for module, run in ((model.unused, model), (other, compiled)):
+        with pytest.raises(ValueError, match=says), splice(module, "zero"):
+            run(IDS)
+        with pytest.raises(ValueError, match=f"input 0: {says}"):
+            next(gated_sae.harvest(run, module, [IDS]))
+    with splice(model.first, "zero"):  # seen by the torch of today
+        assert_equal(compiled(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1, 6), (2, 6), (5,)])
+def test_what_broadcasts_is_not_spliced_in(model, shape):
+    put, says = torch.zeros(shape), "put is .*, expected a row of x"
+    with pytest.raises(ValueError, match=says), splice(model.first, put):
+        model(IDS)
+
+
+def test_rows_to_shuffle_are_rows_and_what_comes_out_is_no_view():
+    for odd in (torch.randn(50, 8), [torch.randn(2, 5, 8)]):
+        with pytest.raises(ValueError, match=r"got \(.*8,?\), expected \(tokens, d\)"):
+            next(gated_sae.shuffle(odd, 4, 16))
+    for name, odd in (("batch", (0, 16)), ("batch", (2.5, 16)), ("held", (4, 0))):
+        with pytest.raises(ValueError, match=f"{name} is"):
+            next(gated_sae.shuffle([torch.randn(5, 8)], *odd))
+    for x in gated_sae.shuffle([torch.randn(500, 8)], 16, 100):
+        assert x.untyped_storage().nbytes() == x.numel() * 4
 
 
 def test_errors_pass_and_the_hook_is_gone(model):
@@ -157,7 +272,6 @@ def test_an_output_without_activations_is_named(output):
 # -- D1, D2: what splicing costs -------------------------------------------------------------------
 
 ces, gaps, hits, slopes = (st.floats(*ends) for ends in ((0.5, 20), (0.1, 10), (-1, 15), (0.02, 1)))
-loss_recovered, compute_multiple = gated_sae.loss_recovered, gated_sae.compute_multiple
 
 
 def test_loss_recovered_with_both_ablations(model):

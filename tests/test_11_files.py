@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -14,9 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_saes import VARIANTS, assert_equal, random_batch, random_sae, seeds, sizes, variants
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import gated_sae
-from gated_sae import GatedSAE, from_dictionary_learning, load, save, to_dictionary_learning
+from gated_sae import (
+    GatedSAE,
+    StandardSAE,
+    from_dictionary_learning,
+    load,
+    save,
+    to_dictionary_learning,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
@@ -60,11 +69,15 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     odd, mixed, meta = GatedSAE(4, 6), GatedSAE(4, 6), GatedSAE(4, 6, device="meta")
     odd.register_buffer("extra", torch.zeros(1))
     mixed.b_dec.data = mixed.b_dec.data.double()
-    says = "weights are .* expected|on the meta device, expected|got a OptimizedModule, expected"
-    for sae in (odd, mixed, meta, torch.compile(GatedSAE(4, 6))):
-        with pytest.raises(ValueError, match=says):
+    for sae in (odd, mixed, meta):
+        with pytest.raises(ValueError, match="weights are .* expected|the meta device, expected"):
             save(sae, tmp_path / "a")
         assert not [*tmp_path.iterdir()]
+    for other in (None, nn.Linear(4, 6), nn.DataParallel(nn.Linear(4, 6))):
+        with pytest.raises(TypeError, match="expected an SAE"):
+            save(other, tmp_path / "a")
+    save(torch.compile(nn.DataParallel(GatedSAE(4, 6))), tmp_path / "a")  # wrappers come off
+    assert type(load(tmp_path / "a")) is GatedSAE
 
 
 # -- A kill at any moment --------------------------------------------------------------------------
@@ -138,17 +151,15 @@ def folder(tmp_path):
     ("says", "changes"),
     [
         ("weights are .* exp", [dict(d_sae=7), dict(d_in=5), dict(stack=[2]), dict(tied=False)]),
-        ("weights are .* expected", [dict(dtype="float64"), dict(architecture="standard")]),
+        ("weights are .* expected", [dict(architecture="standard")]),
         ("d_sae is (-1|'six'), expected", [dict(d_sae=-1), dict(d_sae="six")]),
-        ("'(d_sae|architecture)'", [dict(d_sae=...), dict(architecture=...)]),
         ("int8, expected a floating", [dict(dtype="int8")]),
-        ("float[y']", [dict(dtype="floaty"), dict(dtype=32.5)]),
-        ("topk.*expected .* of one of .*standard.*gated", [dict(architecture="topk")]),
+        ("'(floaty|32.5)'", [dict(dtype="floaty"), dict(dtype=32.5)]),
+        ("this is a topk .*expected one of .*standard.*gated", [dict(architecture="topk")]),
         ("expected .* of one of", [dict(architecture=["gated"]), dict(d_sae=10**18)]),
         ("tied=1, .*expected a bool", [dict(tied=1)]),
         ("'topk'.*expected.*'relu'", [dict(activation_fn_str="topk")]),
         ("'(a|normalize)': (4.0|True).*expected", [dict(a=4.0), dict(normalize=True)]),  # of old
-        ("'apply_b_dec_to_input': False.*expected.*: True", [dict(apply_b_dec_to_input=False)]),
         ("'layer_norm'.*expected.*'none'", [dict(normalize_activations="layer_norm")]),
         ("penalty is 'log9', expected one of", [dict(penalty="log9")]),
         (r"a: .*expected cfg\.json of one of", ["", "{", "[]", "3", '"text"', "null", "\x00"]),
@@ -165,9 +176,9 @@ def test_configs_that_do_not_fit_are_named(folder, says, changes):
 
 
 def test_missing_files_and_folders_are_named(folder, tmp_path):
-    for missing in (WEIGHTS, CONFIG):
+    for missing in (CONFIG, WEIGHTS):
         (folder / missing).unlink()
-        with pytest.raises(ValueError, match=f"{missing}.*, expected cfg.json"):
+        with pytest.raises(ValueError, match=f"{missing}.*, expected"):
             load(folder)
     for path in (tmp_path / "nowhere", Path(__file__)):
         with pytest.raises(ValueError, match=f"^{path}: .*, expected cfg.json"):
@@ -185,7 +196,7 @@ def test_weights_that_do_not_fit_are_named_and_a_pickle_is_not_opened(folder):
     more, turned = {"W_extra": torch.zeros(2)}, {"W_enc": tensors["W_enc"].T.contiguous()}
     for foreign in (fewer, tensors | more, tensors | turned):
         save_file(foreign, folder / WEIGHTS)
-        with pytest.raises(ValueError, match="a: the weights are .* expected"):
+        with pytest.raises(ValueError, match="a: ValueError: the weights are .* expected"):
             load(folder)
 
 
@@ -250,9 +261,9 @@ def test_what_dictionary_learning_has_not_is_named(variant):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        *(({name: ...}, "the state holds .* expected") for name in ("encoder.weight", "gate_bias")),
-        ({"k": 3}, "the state holds .* expected"),
-        ({"encoder.weight": torch.zeros(3)}, "the state holds .* expected"),
+        *(({name: ...}, "weights are .* expected") for name in ("encoder.weight", "gate_bias")),
+        ({"k": torch.tensor(3)}, "weights are .* expected"),
+        ({"encoder.weight": torch.zeros(3)}, "weights are .* expected"),
         ({"r_mag": torch.zeros(5)}, "weights are .* expected"),
     ],
 )
@@ -260,6 +271,125 @@ def test_other_states_are_named(change, says):
     state = load_file(FIXTURES / "dictionary_learning_gated" / "state.safetensors") | change
     with pytest.raises(ValueError, match=says):
         from_dictionary_learning({name: t for name, t in state.items() if t is not ...})
+
+
+def published(folder, weights, **tensors):
+    """A folder as its publisher fills it."""
+    tensors = {name.replace("__", "."): t for name, t in tensors.items()}
+    folder.mkdir()
+    if weights.endswith("npz"):
+        np.savez(folder / weights, **{name: t.numpy() for name, t in tensors.items()})
+    elif weights.endswith("pt"):
+        torch.save(tensors, folder / weights)
+    else:
+        save_file(tensors, folder / weights)
+    return folder
+
+
+def random_parameters(*names, d_in=4, d_sae=6, seed=0):
+    shapes = dict(W_enc=(d_in, d_sae), W_dec=(d_sae, d_in), b_dec=(d_in,), x=(50, d_in))
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shapes.get(name, (d_sae,)), generator=generator) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "names"),
+    [
+        ("params.npz", None, ("W_enc", "W_dec")),  # Gemma Scope
+        ("params.safetensors", dict(architecture="jump_relu"), ("w_enc", "w_dec")),
+        ("params.safetensors", None, ("w_enc", "w_dec")),
+        ("ae.pt", dict(trainer=dict(dict_class="JumpReluAutoEncoder")), ("W_enc", "W_dec")),
+        (WEIGHTS, dict(architecture="jumprelu", apply_b_dec_to_input=False), ("W_enc", "W_dec")),
+    ],
+)
+def test_a_jumprelu_that_encodes_x_itself_loads_with_its_outputs(tmp_path, weights, config, names):
+    """f = ReLU(x W_enc + b_enc) where that is above the threshold; x̂ = f W_dec + b_dec."""
+    held = "W_enc", "W_dec", "b_enc", "b_dec", "threshold", "x"
+    W_enc, W_dec, b_enc, b_dec, threshold, x = random_parameters(*held)
+    theta, own = threshold.abs(), dict(zip(names, (W_enc, W_dec), strict=True))
+    folder = published(tmp_path / "a", weights, **own, b_enc=b_enc, b_dec=b_dec, threshold=theta)
+    if config is not None:
+        name = CONFIG if weights == WEIGHTS else "config.json"
+        (folder / name).write_text(json.dumps(config | dict(d_in=4, d_sae=6)))
+    sae, pi = load(folder), x @ W_enc + b_enc
+    f = pi.relu() * (pi > theta)
+    assert type(sae) is gated_sae.JumpReLUSAE
+    assert 0.1 < (f > 0).float().mean() < 0.9
+    assert_equal((sae.encode(x), sae(x)), (f, f @ W_dec + b_dec), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["standard", "gated"])
+def test_other_folders_load_with_their_outputs(tmp_path, kind):
+    """dictionary-learning's, by state dict; SAELens's, where x itself is encoded."""
+    state = load_file(FIXTURES / f"dictionary_learning_{kind}" / "state.safetensors")
+    folder, sae = published(tmp_path / "a", "ae.pt", **state), from_dictionary_learning(state)
+    name = dict(standard="AutoEncoder", gated="GatedAutoEncoder")[kind]
+    (folder / "config.json").write_text(json.dumps(dict(trainer=dict(dict_class=name, k=3))))
+    assert_equal(load(folder).state_dict(), sae.state_dict(), rtol=0, atol=0)
+    save(sae, tmp_path / "b")
+    config = json.loads((tmp_path / "b" / CONFIG).read_text()) | dict(apply_b_dec_to_input=False)
+    (tmp_path / "b" / CONFIG).write_text(json.dumps(config))
+    x = random_batch(20, sae.d_in, seed=0).float()
+    x_hat = load(tmp_path / "b")(x - sae.b_dec)  # which encodes it as `sae` does x
+    assert_equal(x_hat, sae(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(architecture=...),
+        dict(normalize_activations=False),
+        dict(normalize_activations=None),
+        dict(normalize_activations=..., reshape_activations=..., apply_b_dec_to_input=...),
+        dict(dtype="torch.float32", activation_fn_str="relu", prepend_bos=True, hook_point="a"),
+        dict(dtype="float64"),
+    ],
+)
+def test_folders_of_older_saelens_load(tmp_path, change):
+    """As it loads them: in the dtype that the config says, whatever the weights'."""
+    sae = random_sae(StandardSAE, (4, 6), 0).float()
+    save(sae, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text()) | change
+    config = {k: v for k, v in config.items() if v is not ... and k not in ("penalty", "stack")}
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(config))
+    held = load_file(tmp_path / "a" / WEIGHTS)
+    save_file(held | dict(scaling_factor=torch.ones(6)), tmp_path / "a" / WEIGHTS)
+    loaded = load(tmp_path / "a")
+    assert loaded.W_dec.dtype == getattr(torch, config["dtype"].removeprefix("torch."))
+    assert_equal(loaded.float().state_dict(), sae.state_dict(), rtol=0, atol=0)
+    save_file(held | dict(scaling_factor=torch.full((6,), 2.0)), tmp_path / "a" / WEIGHTS)
+    with pytest.raises(ValueError, match="scaling_factor.* expected"):
+        load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "says"),
+    [
+        ("sae.safetensors", dict(k=32, expansion_factor=32), "this is a topk SAE"),  # sparsify
+        ("ae.pt", dict(trainer=dict(dict_class="BatchTopKSAE")), "this is a BatchTopKSAE SAE"),
+        (WEIGHTS, dict(architecture="skip_transcoder"), "this is a skip_transcoder SAE"),
+        ("params.safetensors", dict(hf_hook_point_out="a"), "SAE or transcoder, expected one of"),
+        (WEIGHTS, dict(normalize_activations=True), "'normalize_activations': True"),
+        ("model.bin", {}, r"it holds \[.*'model.bin'\], expected"),
+        (WEIGHTS, [], "AttributeError"),
+    ],
+)
+def test_what_is_not_read_is_called_by_its_name(tmp_path, weights, config, says):
+    W_enc, W_dec, b_enc, b_dec = random_parameters("W_enc", "W_dec", "b_enc", "b_dec")
+    tensors = dict(W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec)
+    folder = published(tmp_path / "a", weights, **tensors)
+    for name in (CONFIG, "config.json"):
+        (folder / name).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=says):
+        load(folder)
+
+
+def test_a_pickle_in_a_state_is_not_opened(tmp_path):
+    folder = published(tmp_path / "a", "ae.pt", bias=torch.zeros(4))
+    torch.save(dict(bias=Path("a")), folder / "ae.pt")
+    (folder / "config.json").write_text(json.dumps(dict(trainer=dict(dict_class="AutoEncoder"))))
+    with pytest.raises(ValueError, match="UnpicklingError"):
+        load(folder)
 
 
 # -- The file alone --------------------------------------------------------------------------------

@@ -183,8 +183,10 @@ def test_two_standard_losses_have_the_gradient_of_three_terms_unfrozen(size, see
     sae = random_sae(GatedSAE, size, seed, tied=tied, aux="unfrozen", stack=stack)
     x = random_batch(6, size[0], seed=seed)
     pi_gate, pi_mag = sae.paths(x)
-    args = x, gated_sae.gate(pi_gate, pi_mag), pi_gate, sae.W_dec, sae.b_dec
-    gated, usual = (losses.total(l1) for losses in gated_sae.two_standard_losses(*args))
+    f, f_gate, is_open = sae.gate(pi_gate, pi_mag), pi_gate.relu(), (pi_gate > 0).double()
+    charged = (f, is_open), (f_gate, f_gate)
+    both = (gated_sae.penalised_losses(x, *pair, sae.W_dec, sae.b_dec) for pair in charged)
+    gated, usual = (losses.total(l1) for losses in both)
     three_terms = sae.losses(x).total(l1)
     assert_equal(*(gradients(sae, value.sum()) for value in (gated + usual, three_terms)))
     n_open = (pi_gate > 0).double().sum(-1).mean(-1)

@@ -12,7 +12,10 @@ from random_saes import VARIANTS, assert_equal, member, random_batch, random_sae
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gated_sae import GatedSAE, Moments, StandardSAE, evaluate, in_parts, moments, variance
-from gated_sae import relative_reconstruction_bias as bias
+
+
+def bias(x, x_hat):
+    return moments(x, x_hat).gamma
 
 
 def mean_square(v):
@@ -74,6 +77,9 @@ def test_gamma_from_three_logged_numbers(pair):
     assert_equal(m.dot, moments(x, x_hat).dot, rtol=1e-6, atol=1e-9)
     assert m.gamma.item() == pytest.approx(bias(x, x_hat).item(), rel=1e-6)
     assert Moments.from_norms(1.0, 0.25, 0.25).gamma.item() == pytest.approx(0.5)
+    for odd in ((-1.0, 1.0, 0.5), (1.0, torch.tensor(-1e-9), 0.5), (1.0, 1.0, math.nan)):
+        with pytest.raises(ValueError, match="expected three numbers ≥ 0"):
+            Moments.from_norms(*odd)
 
 
 @given(pairs)
@@ -139,11 +145,9 @@ def test_moments_are_ratios_of_means_that_half_precision_does_not_overflow():
     assert moments(x, x_hat).factor_on_x.item() == pytest.approx(52 / 101)
 
 
-def test_gamma_is_refused_where_one_member_has_none_and_shapes_where_they_differ():
+def test_gamma_is_not_finite_where_one_member_has_none_and_shapes_that_differ_are_refused():
     x = torch.eye(2)
     for x_hat in (0 * x, x.flip(0), torch.stack([x, 0 * x])):
-        with pytest.raises(ValueError, match="undefined"):
-            bias(x, x_hat)
         assert not moments(x, x_hat).gamma.isfinite().all()
     for shapes in (((3, 4), (3, 5)), ((3, 4), (2, 4)), ((2, 3, 4), (3, 4)), ((0, 4), (0, 4))):
         with pytest.raises(ValueError, match="expected one"):

@@ -11,7 +11,17 @@ import random_saes
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from random_saes import VARIANTS, assert_equal, random_batch, random_sae, seeds, sizes, variants
+from random_saes import (
+    VARIANTS,
+    assert_equal,
+    random_batch,
+    random_sae,
+    seeds,
+    sizes,
+    unit_norm,
+    variants,
+)
+from torch import nn
 from torch.nn import functional as F
 
 import gated_sae
@@ -23,7 +33,6 @@ from gated_sae import (
     evaluate,
     resample,
     train,
-    unit_norm,
 )
 from toy_data import SuperpositionData
 
@@ -552,13 +561,15 @@ def test_the_smallest_saes_and_empty_data_train_without_a_nan(variant, d_in, d_s
 
 
 def test_the_device_is_the_one_asked_for_or_the_accelerator_or_the_cpu(monkeypatch):
-    # The meta device stands in for an accelerator.
-    for found, asked, used in (("meta", "cpu", "cpu"), (None, None, "cpu"), ("meta", None, "meta")):
+    # The meta device stands in for an accelerator, and is refused: it holds no numbers.
+    for found, asked in (("meta", "cpu"), (None, None), ("meta", None), (None, "meta")):
         answer = lambda check_available, found=found: found and torch.device(found)  # noqa: E731
         monkeypatch.setattr(torch.accelerator, "current_accelerator", answer)
         sae = GatedSAE(8, 16, penalty="norm_frozen")  # no norm to look at
-        train(sae, [], l1=0.1, steps=1, device=asked)
-        assert sae.W_dec.device.type == used
+        refused = "meta" in (asked, asked or found)
+        with pytest.raises(ValueError, match="device is meta") if refused else nullcontext():
+            train(sae, [], l1=0.1, steps=1, device=asked)
+        assert sae.W_dec.device.type == "cpu"
 
 
 @pytest.mark.parametrize(("variant", "lowered"), LOOPS)
@@ -592,27 +603,81 @@ def test_a_bad_batch_or_loss_stops_training_before_anything_has_changed(
 
 
 BAD = dict(steps=(0, -3, 1.5), resample_every=(0, -1, 1.5, True), log_every=(0,))
-BAD |= dict(lr=(0.0, math.nan, math.inf), l1=(-0.1, math.nan, math.inf))
+BAD |= dict(lr=(0.0, math.nan, math.inf, "1"), l1=(-0.1, math.nan, math.inf, "1", None, True))
+BAD |= dict.fromkeys(("lr_warmup", "l1_warmup", "lr_decay"), (1.5, -0.1, "a", None, math.nan))
+BAD |= dict(losses=(3,), device=("meta",), sae=(None, nn.Linear(8, 16)))
+BETAS = (1.5, 0.9), (0.9,), 0.9, "ab", (0.9, 1), (True, "a"), None
+MIXED = GatedSAE(8, 16)
+MIXED.b_dec.data = MIXED.b_dec.data.half()
 ONE_SCALE = gated_sae.rescale_and_shift(StandardSAE(8, 16))
 
 
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        *(({name: v}, ValueError, f"{name} is {v}") for name in BAD for v in BAD[name]),
+        *(({name: v}, (ValueError, TypeError), f"{name} is ") for name in BAD for v in BAD[name]),
+        *(({"betas": v}, (ValueError, TypeError), "^betas (is|are) ") for v in BETAS),
         ({"l1": torch.tensor([0.1, 0.2])}, ValueError, r"shape \(\) or \(3,\)"),
         ({"l1": torch.tensor([0.1, 0.2, -1.0])}, ValueError, r"l1 is \["),
-        ({"betas": (1.5, 0.9)}, ValueError, "beta"),
-        ({"lr_warmup": 1.5}, ValueError, r"\(1.5, 0.1, 0.2\), expected shares"),
-        *(({name: -0.1}, ValueError, r"-0.1.*\), expected shares") for name in FLAT),
-        ({"sae": GatedSAE(8, 16, dtype=torch.bfloat16)}, TypeError, "bfloat16, expected float32"),
+        ({"sae": MIXED}, TypeError, "float16.*, expected float32"),
+        ({"sae": GatedSAE(8, 16, dtype=torch.bfloat16)}, TypeError, "bfloat16}, expected float32"),
         ({"sae": ONE_SCALE, "resample_every": 1}, ValueError, "W_dec is frozen"),
         ({"sae": GatedSAE(8, 16).requires_grad_(False)}, ValueError, "nothing here gets a grad"),
         ({"within": torch.inference_mode()}, ValueError, "nothing here gets a gradient"),
     ],
 )
 def test_bad_arguments_are_named_at_the_call(options, error, says):
-    """At the call, not when the generator is first asked."""
+    """At the call, not when the generator is first asked, and before the decoder is folded."""
     options = dict(sae=GatedSAE(8, 16, stack=3), l1=0.1, steps=5, device="cpu") | options
+    if isinstance(sae := options["sae"], GatedSAE):
+        sae.W_dec.data *= 3
+        before = {name: t.clone() for name, t in sae.state_dict().items()}
     with options.pop("within", nullcontext()), pytest.raises(error, match=says):
         train(batches=DATA.batches(32, seed=0), **options)
+    if isinstance(sae, GatedSAE):
+        assert_equal(sae.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrappers_come_off(wrap):
+    """Training one trains the SAE; all that takes an SAE takes it too."""
+    sae, other = (random_sae("gated", (8, 16), 0) for _ in range(2))
+    wrapped, x = wrap(other), next(DATA.batches(32, 1)).double()
+    for each in (sae, wrapped):
+        trained(each, resample_every=5)
+    assert_equal(other.state_dict(), sae.state_dict(), rtol=0, atol=0)
+    assert evaluate(wrapped, [x]).fvu == evaluate(other, [x]).fvu
+    for convert in (gated_sae.to_jumprelu, gated_sae.to_gated, partial(gated_sae.rescaled, c=1.0)):
+        assert_equal(convert(wrapped)(x), convert(other)(x), rtol=0, atol=0)
+    state = gated_sae.to_dictionary_learning(wrapped)
+    assert_equal(state["r_mag"], other.r_mag.detach(), rtol=0, atol=0)
+    with gated_sae.splice(inner := nn.Identity(), wrapped):
+        assert_equal(inner(x), other(x))
+
+
+def test_float16_losses_are_refused_and_bfloat16_ones_train():
+    """Small gradients would come out 0 in float16, and latents look dead."""
+    x, sae = torch.randn(64, 8), GatedSAE(8, 16)
+    before = {name: t.clone() for name, t in sae.state_dict().items()}
+    for dtype in (torch.float16, torch.bfloat16):
+        losses = torch.autocast("cpu", dtype)(sae.losses)
+        trainer = Trainer(sae, l1=0.1, steps=3, losses=losses, device="cpu")
+        refused = pytest.raises(ValueError, match="losses are in float16, expected bfloat16")
+        with refused if dtype is torch.float16 else nullcontext():
+            trainer.step(x)
+        changed = any(not torch.equal(t, before[name]) for name, t in sae.state_dict().items())
+        assert changed == (dtype is torch.bfloat16)
+
+
+def test_lambda_is_exact_whatever_the_default_dtype_and_losses_may_leave_the_decoder_alone():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        trainer = Trainer(sae := GatedSAE(8, 16, dtype=torch.float64), l1=0.3, steps=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert trainer.l1.item() == 0.3
+    x, before = torch.randn(64, 8, dtype=torch.float64), sae.W_dec.detach().clone()
+    trainer.losses = lambda x: gated_sae.Losses(*[sae.encode(x).sum()] * 3)
+    trainer.step(x)
+    assert_equal(sae.W_dec, before)

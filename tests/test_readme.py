@@ -68,9 +68,10 @@ class Transformer(torch.nn.Module):
         return SimpleNamespace(loss=x.square().mean())
 
 
-def test_the_lines_for_a_language_model_run():
+def test_the_lines_for_a_language_model_and_for_going_on_run(tmp_path, monkeypatch):
     """With a stand-in for it, few and short texts, and small sizes: all else as it stands."""
-    _, code = re.findall(r"```python\n(.*?)```", README, re.S)  # and there is no third
+    monkeypatch.chdir(tmp_path)
+    _, code, more = re.findall(r"```python\n(.*?)```", README, re.S)
     for shown, small in (("16384", "64"), ("4096", "8"), ("steps=1000", "steps=4")):
         assert code.count(shown) == 1
         code = code.replace(shown, small)
@@ -88,6 +89,11 @@ def test_the_lines_for_a_language_model_run():
     exec(code, names)
     assert names["record"].step == 4
     assert names["loss"].item() > 0
+    gated_sae.save(before := names["sae"], "sae")
+    names |= {"rows": [torch.randn(8, 768)] * 7}
+    exec(more.replace("steps=1000", "steps=7"), names)
+    assert names["record"].step == 7
+    assert 0 < (names["sae"].b_dec - before.b_dec).abs().max() < 7 * 3e-4 * 2
 
 
 def test_the_two_commands_stand_alone_on_their_lines():

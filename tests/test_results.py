@@ -1,13 +1,18 @@
 """The experiments in results/: their tables, verdicts, sentences, and what is committed."""
 
+import json
+import math
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import bench
+import numpy as np
 import pytest
+import torch
 
-from results import claims, measure, pareto, rebuild
+from results import claims, measure, pareto, rebuild, starts
 
 ROOT = Path(__file__).parent.parent
 KEYS = {"variant", "d_sae", "l1", "l0", "fvu", "gamma", "norm_ratio", "dead_fraction"}
@@ -79,6 +84,47 @@ def test_the_page_and_its_pictures_are_of_the_committed_numbers(name):
     assert rebuild.filled(PAGE, places) == PAGE
     assert all(PAGE.count(f"<!-- {place} -->") == 1 for place in places)
     assert (measure.RESULTS / f"{name}.svg").read_text().startswith("<svg")
+
+
+def committed(name):
+    return list(map(json.loads, (measure.RESULTS / f"{name}.jsonl").read_text().splitlines()))
+
+
+def test_the_tables_of_starts_and_peers_are_of_the_committed_numbers():
+    places = starts.tables(committed("starts")) | {
+        "quality": bench.quality_table(committed("peers"))
+    }
+    assert rebuild.filled(PAGE, places) == PAGE
+    assert all(PAGE.count(f"<!-- {place} -->") == 1 for place in places)
+
+
+@pytest.mark.parametrize("tried", starts.TRIED)
+def test_every_start_runs(tried):
+    x = torch.randn(1200, 16, generator=torch.Generator().manual_seed(0))
+    row = starts.run(x, x[:100], tried, 32, 3, 1.0)
+    assert all(math.isfinite(value) for value in row.values())
+    assert row["fvu"] < (1.1 if starts.TRIED[tried][0] < 1 else 3)
+
+
+def test_activations_are_scaled_and_what_was_measured_is_remembered(tmp_path):
+    raw = np.random.default_rng(0).standard_normal((500, 8)).astype("f4") * 3 + 7
+    np.save(tmp_path / "a.npy", raw)
+    x, held_out = measure.activations(tmp_path / "a.npy", aside=100)
+    assert (len(x), len(held_out)) == (400, 100)
+    assert x.mean(0).abs().max() < 1e-5
+    assert x.square().sum(-1).mean() == pytest.approx(8)
+    scale = (x[1] - x[0]).norm() / np.linalg.norm(raw[101] - raw[100])
+    torch.testing.assert_close(held_out[1] - held_out[0], scale * torch.from_numpy(raw[1] - raw[0]))
+    batches = list(measure.epochs(x, 64, 13))  # six in an epoch, and one
+    seen = [set(map(tuple, torch.cat(part).tolist())) for part in (batches[:6], batches[6:12])]
+    assert [len(s) for s in seen] == [384, 384]
+    assert seen[0] != seen[1]
+    file, made = tmp_path / "a.jsonl", {"l1": 2}
+    for _ in range(2):  # the second time from the file
+        assert measure.remembered(file, made, lambda: {"l0": 5}) == {"l1": 2, "l0": 5}
+        made = {"l1": 2}
+    assert measure.remembered(file, {"l1": 3}, lambda: {"l0": 4})["l0"] == 4
+    assert len(file.read_text().splitlines()) == 2
 
 
 def test_every_claim_has_a_committed_row():

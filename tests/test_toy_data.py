@@ -1,7 +1,10 @@
 """The toy data has the statistics it promises, and the scores know the truth when they see it."""
 
+import io
 import itertools
+import re
 import time
+from contextlib import redirect_stderr
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,8 +16,8 @@ from hypothesis import strategies as st
 from random_saes import assert_equal
 
 import toy_data
-from gated_sae import GatedSAE, StandardSAE, train
-from toy_data import SuperpositionData, mean_correlation_coefficient, mean_max_cosine, recovery
+from gated_sae import GatedSAE, StandardSAE, start, train
+from toy_data import SuperpositionData, recovery
 
 ROWS = 100_000
 
@@ -52,8 +55,7 @@ def test_directions_have_norm_one_and_antipodal_pairs_are_opposites(kind, d, hal
 def test_an_sae_of_the_same_seed_does_not_start_at_the_truth(seed):
     data = SuperpositionData(16, 64, firing=0.1, seed=seed)
     own, other = (GatedSAE(16, 64, generator=torch.Generator().manual_seed(s)) for s in (seed, 99))
-    D = data.dictionary
-    near, far = (mean_correlation_coefficient(D, sae.W_dec.detach()) for sae in (own, other))
+    near, far = (recovery(sae, data, rows=1).mcc for sae in (own, other))
     assert near == pytest.approx(far, abs=0.05)
     assert near < 0.7
 
@@ -263,8 +265,32 @@ PAIRS = torch.tensor([[[1.0, 0.0], [0.8, 0.6]], [[0.8, 0.6], [0.0, 1.0]]])
     ],
 )
 def test_matching_is_the_best_one_to_one_assignment(D, W, best, matched):
-    assert mean_max_cosine(D, W) == pytest.approx(best)
-    assert mean_correlation_coefficient(D, W) == pytest.approx(matched)
+    data = SuperpositionData(*D.shape[::-1])
+    data.dictionary = D
+    sae, opposite = (SimpleNamespace(W_dec=V, encode=lambda x: x @ W.T) for V in (W, -W))
+    assert recovery(sae, data, rows=1)[:2] == pytest.approx((best, matched))
+    both = [recovery(each, data, rows=1, signed=False)[:3] for each in (sae, opposite)]
+    assert both[0] == both[1] >= (best - 1e-6, matched - 1e-6)  # as SAELens has it
+
+
+def test_scores_of_detection_are_those_of_saelens():
+    """Of each latent, against the feature it points at, 0 where it never fires; then the mean."""
+    sae, data = GatedSAE(8, 24), SuperpositionData(8, 16, firing=0.2)
+    start(sae, data.sample(500, torch.Generator().manual_seed(0))[0])
+    sae.b_gate.data[::2] -= 100  # never fires
+    x, f = data.sample(1000, torch.Generator().manual_seed(1))
+    for signed in (True, False):
+        cosines = sae.W_dec.detach() @ data.dictionary.T
+        best = (cosines if signed else cosines.abs()).argmax(1)
+        scores = []
+        for i, k in enumerate(best):
+            fires, occurs = sae.encode(x)[:, i] > 0, f[:, k] > 0
+            hits = int((fires & occurs).sum())
+            precision, recall = hits / max(1, int(fires.sum())), hits / max(1, int(occurs.sum()))
+            scores.append((precision, recall, 2 * precision * recall / (precision + recall or 1)))
+        known = [sum(column) / 24 for column in zip(*scores, strict=True)]
+        assert recovery(sae, data, rows=1000, signed=signed)[3:] == pytest.approx(known, rel=1e-5)
+        assert 0 < known[2] < 0.5
 
 
 def test_uniqueness_counts_features_with_a_latent_of_their_own():
@@ -279,26 +305,34 @@ def test_uniqueness_counts_features_with_a_latent_of_their_own():
 
 WRONG = [("d_in", 0), ("n_features", -4), ("rank", 0), ("correlation", 1.0), ("noise", -1.0)]
 WRONG += [("firing", -0.1), ("firing", 1.1), ("firing", float("nan"))]
-WRONG += [("magnitude", "gamma"), ("dictionary", "tight")]
+WRONG += [("magnitude", "gamma"), ("dictionary", "tight"), ("magnitude", ["uniform"])]
+ODD = float("nan"), float("inf")
+WRONG += [(name, odd) for name in ("d_in", "seed", "rank") for odd in (2.0, True, "2", None, 2**70)]
+WRONG += [(name, odd) for name in ("correlation", "noise") for odd in (*ODD, "2", None, True)]
+WRONG += [("firing", odd) for odd in ("a", None, ["a"])]
 CHILD, PAIR = [-1, 0] + [-1] * 6, [-1, 0, 0] + [-1] * 5
 BAD = {  # what is said: of which arguments, each by itself
     "expected 1 or 8 numbers": [dict(firing=[0.1, 0.2])],
     "of unit rows": [dict(dictionary=torch.ones(8, 4))],
     r"\(4, 4\), expected \(8, 4\)": [dict(dictionary=torch.eye(4))],
     "n_features is 7, expected an even": [dict(n_features=7, dictionary="antipodal")],
-    "mean is": [dict(mean=torch.zeros(3)), dict(mean=float("inf"))],
+    "mean is": [dict(mean=m) for m in (torch.zeros(3), float("inf"), [1.0], ["a"], None, {})],
     "parents is": [dict(parents=[-1] * 7), dict(parents=[8] + [-1] * 7)],
     "no cycle": [dict(parents=[1, 0] + [-1] * 6), dict(parents=[0] + [-1] * 7)],
     r"P\(feature 1 .* is 2\.0": [dict(parents=CHILD, firing=[0.1, 0.2] + [0.1] * 6)],
-    "groups is": [dict(groups=groups) for groups in ([0.5] * 8, [0] * 7, [-2] + [0] * 7)],
+    "groups is": [
+        dict(groups=groups) for groups in ([0.5] * 8, [0] * 7, [-2] + [0] * 7, [], "a", 3)
+    ],
     "sum of group 0 is 1.6": [dict(groups=[0] * 8, firing=0.2)],
     "sum of group 0 is 1.01": [dict(groups=PAIR, parents=CHILD, firing=0.01)],
     "parents of group 0 is": [dict(groups=PAIR, parents=CHILD, firing=[0.1] + [0.01] * 7)],
     "active is 9": [lambda data: toy_data.zipf(8, 9)],
+    "exponent is": [lambda data, e=e: toy_data.zipf(5, 2, e) for e in (*ODD, 1100.0, -1.0, "a")],
+    "rows is": [lambda data: recovery(GatedSAE(4, 8), data, rows=0)],
     r"\(2, 8, 4\).*one SAE, no stack": [lambda data: recovery(GatedSAE(4, 8, stack=2), data)],
 }
 BAD |= {f"^batch is {rows!r}, expected": [partial(sample, rows=rows)] for rows in (0, -1, 2.0)}
-BAD |= {f"^{name} is {value!r}, expected": [{name: value}] for name, value in WRONG}
+BAD |= {f"^{name} is {re.escape(repr(v))}, expected": [{name: v}] for name, v in WRONG}
 
 
 @pytest.mark.parametrize("says", BAD)
@@ -320,6 +354,38 @@ def test_the_command_line_writes_rows_of_its_own(tmp_path):
     assert torch.equal(torch.from_numpy(x), torch.cat([next(batches), next(batches)])[:12345])
 
 
-def test_the_command_line_wants_a_npy_file():
-    with pytest.raises(SystemExit, match="2"):
-        toy_data.main(["a.txt"])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("a.txt", "file is 'a.txt'"),
+        ("a.npy --features 4", "--features is 4, expected"),
+        ("a.npy --features 0", "--features is 0, expected"),
+        ("a.npy --rows 0", "--rows is 0, expected"),
+        ("a.npy --rows -1", "--rows is -1, expected"),
+        ("a.npy --d-in 0", "d_in is 0, expected"),
+        (f"a.npy --seed {2**70}", "seed is 1180591620717411303424, expected"),
+        ("missing/a.npy", "No such file or directory: 'missing/a.npy.new'"),
+    ],
+)
+def test_a_bad_command_line_is_named_and_writes_nothing(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"), redirect_stderr(io.StringIO()) as error:
+        toy_data.main(arguments.split())
+    assert says in error.getvalue().splitlines()[-1]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Stopped after the first of two blocks, it leaves what was there before."""
+    file, real = tmp_path / "a.npy", SuperpositionData.batches
+    file.write_bytes(b"mine")
+    stopped = lambda self, *args: itertools.chain([next(real(self, *args))], fail())  # noqa: E731
+    monkeypatch.setattr(SuperpositionData, "batches", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        toy_data.main([str(file), "--rows", "20000"])
+    assert file.read_bytes() == b"mine"
+
+
+def fail():
+    raise KeyboardInterrupt
+    yield
