@@ -598,8 +598,16 @@ def test_a_bad_batch_or_loss_stops_training_before_anything_has_changed(
         trainer.step(batches[3])
     with pytest.raises(ValueError, match=r"batch 3 is torch.float32 \(4, 7\), expected .* 8\)"):
         trainer.step(torch.ones(4, 7))
+    for deep in (trainer.step, lambda x: evaluate(trainer.sae, [x])):  # no stack, no 3-D
+        with pytest.raises(ValueError, match=r"batch [03] is torch.float32 \(5, 4, 8\), expected"):
+            deep(torch.ones(5, 4, 8))
     assert_equal(state(), before, rtol=0, atol=0)
     assert trainer.step(batches[0]).step == 4
+
+
+def test_records_come_every_hundred_steps_unless_told_otherwise():
+    _, records = trained(GatedSAE(8, 16), steps=201)
+    assert [record.step for record in records] == [1, 100, 200, 201]
 
 
 BAD = dict(steps=(0, -3, 1.5), resample_every=(0, -1, 1.5, True), log_every=(0,))

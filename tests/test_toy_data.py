@@ -114,6 +114,10 @@ def test_magnitudes_have_mean_one_and_their_variance(kind, p):
     assert set(toy_data.MAGNITUDES) == set(VARIANCES)
 
 
+def test_a_feature_fires_on_one_row_in_fifty_unless_told_otherwise():
+    assert torch.equal(SuperpositionData(4, 8).firing, torch.full((8,), 0.02))
+
+
 SIX, FEW = [0.05, 0.1, 0.2, 0.3, 0.5, 0.8], [0.02, 0.05, 0.05, 0.1, 0.1, 0.2]
 
 
