@@ -40,7 +40,7 @@ TRIED = {  # factor on W_enc, where gates open, options of the Trainer
 # d_sae, steps, λ, lr: the search, and what it came to at other sizes and lengths.
 SEARCH = (1024, 1000, 5, None), (1024, 1000, 10, None)
 OTHERS = (768, 500, 6, None), (2048, 500, 6, None), (6144, 1000, 8, None), (4096, 4000, 6, None)
-OTHERS += (1024, 8000, 6, 3e-4), (768, 20000, 6, None)
+OTHERS += (3072, 4000, 6, None), (1024, 8000, 6, 3e-4), (768, 20000, 6, None)
 OLD_AND_NEW = [*TRIED][:1] + [*TRIED][3:5]
 
 
