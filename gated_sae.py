@@ -242,7 +242,7 @@ def gate(pi_gate: Tensor, pi_mag: Tensor) -> Tensor:
     """f̃ = 1[π_gate > 0] ⊙ ReLU(π_mag), all (..., batch, d_sae); eq. 6, §3.2.1 of the paper.
 
     The step is flat wherever it is not vertical, so no gradient of f̃ tells a gate to open."""
-    return torch.where(pi_gate > 0, F.relu(pi_mag), 0)
+    return (pi_gate > 0) * F.relu(pi_mag)
 
 
 # -- 4 · Why the gradient vanishes -----------------------------------------------------------------
@@ -459,7 +459,6 @@ def to_gated(sae: SAE, **options) -> GatedSAE:
 
 def rescale_and_shift(sae: StandardSAE, refit_decoder: bool = False) -> GatedSAE:
     """A trained Standard SAE whose coefficients can be corrected: train the result with l1=0.
-
     No latent fires where it did not before. f̃ = 1[f > 0] ⊙ ReLU(exp(r_mag) ⊙ z + b_mag) learns a
     scale and a shift per latent, without penalty (discussion); with `refit_decoder`, W_dec too."""
     expect(type(sae) is StandardSAE, f"sae is {sae}, expected a StandardSAE", TypeError)
@@ -512,8 +511,7 @@ class Moments:
     gamma_v1         eq. 10 of the first preprint, √(E‖x̂‖² / (E‖x‖² - E‖x - x̂‖²)), right only at
                      γ = 1; reconstructed from its value 1/√3 at x = 1, x̂ = 1/2 (discussion)
 
-    Ratios of means: means of ratios would let the rows nearest to zero decide. Where one has no
-    value, as γ of a dead SAE, it is not finite."""
+    Ratios of means, or rows near zero would decide. Without a value, as γ of a dead SAE: NaN, ∞."""
 
     x_sq: Tensor
     x_hat_sq: Tensor
@@ -557,6 +555,12 @@ class Metrics(Moments):
     l0 = property(lambda m: m.firing_frequency.sum(-1))  # mean number that fire on a row
     dead_fraction = property(lambda m: (m.firing_frequency == 0).to(m.error).mean(-1))
 
+    @staticmethod
+    def code(sae: SAE, x: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """x̂ of a batch, and, of each latent, the sum of f and on how many rows it fires."""
+        f = sae.encode(x)  # section 12 has another way
+        return sae.decode(f), f.sum(-2, dtype=wide), (f > 0).sum(-2)
+
 
 def as_batch(sae: SAE, x: Tensor, name: str) -> Tensor:
     """Rows, checked, on the SAE's device and in its dtype; errors call them by `name`."""
@@ -584,17 +588,13 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Metrics:
     wide = torch.float32 if sae.W_dec.device.type == "mps" else torch.float64
     for number, batch in enumerate(batches):
         for x in in_parts(sae, as_batch(sae, batch, f"batch {number}")):
-            f = sae.encode(x)
-            x, x_hat, n = x.to(wide), sae.decode(f).to(wide), x.shape[-2]
+            x_hat, f_sum, fired = (v.to(wide) for v in Metrics.code(sae, x, wide))
+            x, n = x.to(wide), x.shape[-2]
             # Centred near the data: far from the origin, E‖x‖² - ‖E x‖² would cancel to nothing.
             origin = x[..., :1, :].clone() if origin is None else origin
-            means = vars(moments(x, x_hat)) | dict(
-                error=squared_error(x, x_hat),
-                offset=(x - origin).mean(-2),
-                variance=squared_error(x, origin),
-                l1_norm=f.sum(-1, dtype=wide).mean(-1),
-                firing_frequency=(f > 0).sum(-2, dtype=wide) / n,
-            )
+            means = vars(moments(x, x_hat)) | dict(firing_frequency=fired / n)
+            means |= dict(l1_norm=f_sum.sum(-1) / n, error=squared_error(x, x_hat))
+            means |= dict(offset=(x - origin).mean(-2), variance=squared_error(x, origin))
             sums = {name: sums.get(name, 0) + n * mean for name, mean in means.items()}
             n_rows += n
     expect(n_rows > 0, "batches is empty, expected at least one batch")
@@ -918,13 +918,11 @@ def splice(module: nn.Module, put: SAE | str | Tensor) -> Iterator[None]:
     def replace(_, args, output):
         x = hidden(module, output)
         calls.append(x.shape)
-        if isinstance(put, SAE):
-            new = put(x.to(put.W_dec.dtype)).to(x)
-        else:
-            new = x.new_zeros(x.shape[-1]) if isinstance(put, str) else put.to(x)
-            fits = new.shape in (x.shape, x.shape[-1:])
-            expect(fits, f"put is {tuple(new.shape)}, expected a row of x, {tuple(x.shape)}")
-            new = new.expand_as(x)
+        if isinstance(put, Tensor):
+            fits = put.shape in (x.shape, x.shape[-1:])
+            expect(fits, f"put is {tuple(put.shape)}, expected a row of x, {tuple(x.shape)}")
+        new = put(x.to(put.W_dec.dtype)) if isinstance(put, SAE) else put
+        new = torch.zeros_like(x) if isinstance(put, str) else new.to(x).expand_as(x)
         make = getattr(type(output), "_make", type(output))  # a namedtuple has its own
         return make([new, *output[1:]]) if isinstance(output, tuple | list) else new
 
@@ -1016,15 +1014,14 @@ def load(folder: str | os.PathLike, device: torch.device | str = "cpu") -> SAE:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
     if file.suffix == ".pt":
         return torch.load(file, "cpu", weights_only=True)
     if file.suffix == ".npz":
         import numpy as np
 
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays}
-    from safetensors.torch import load_file
-
+        return {name: torch.from_numpy(array) for name, array in np.load(file).items()}
     return load_file(file)
 
 
@@ -1083,17 +1080,27 @@ def to_dictionary_learning(sae: SAE) -> dict[str, Tensor]:
 #
 #     S C   (batch, d_in)        Sᵀ A   (d_sae, d_in)        A Cᵀ at the support   (nnz,)
 #
-# and the gradient of each is made of the other two: x̂ is of the first kind, z of the third. Only to
-# find the support takes a dense product. Only rounding differs. A stack is one block-diagonal S.
+# and only to find the support takes a dense one. Loss and gradient, by hand, serve for these and,
+# while many gates are open, for dense ones. To rounding. A stack is one block-diagonal S.
 
 BLOCK = 2**21  # entries of the dense product that exist at once
 bag = partial(F.embedding_bag, mode="sum", include_last_offset=True)
 
 
+class Dense:
+    """All entries of a (*stack, batch, d_sae) tensor s, and what `Support` has for some of them."""
+
+    to_rows = staticmethod(lambda s, C: s @ C)
+    to_latents = staticmethod(lambda s, A: s.mT @ A)
+    products = staticmethod(lambda A, C: A @ C.mT)
+    per_latent = staticmethod(lambda s: s.sum(-2))
+    per_entry = staticmethod(as_row)
+
+
 class Support:
     """Some entries (row, latent) of a (*stack, batch, d_sae) tensor, and products with them. Sorted
     by latent, then by row; both are numbered through the stack. A is (*stack, batch, d_in),
-    C (*stack, d_sae, d_in), s (nnz,). `Known` has their gradients."""
+    C (*stack, d_sae, d_in), s (nnz,), and v, one number for each latent, (*stack, d_sae)."""
 
     def __init__(self, latent: Tensor, row: Tensor, x_shape: torch.Size, b_shape: torch.Size):
         self.latent, self.row, self.x_shape, self.b_shape = latent, row, x_shape, b_shape
@@ -1107,17 +1114,14 @@ class Support:
         return order, self.latent[order], starts
 
     def to_rows(self, s: Tensor, C: Tensor) -> Tensor:
-        """S C: (*stack, batch, d_in)."""
         order, latent, starts = self.by_row
         return bag(latent, C.flatten(0, -2), starts, per_sample_weights=s[order]).view(self.x_shape)
 
     def to_latents(self, s: Tensor, A: Tensor) -> Tensor:
-        """Sᵀ A: (*stack, d_sae, d_in)."""
         out = bag(self.row, A.flatten(0, -2), self.latent_starts, per_sample_weights=s)
         return out.view(*self.b_shape, -1)
 
     def products(self, A: Tensor, C: Tensor) -> Tensor:
-        """A Cᵀ at the support: (nnz,)."""
         A, C = A.flatten(0, -2), C.flatten(0, -2)
         S = self.latent_starts, self.row, A.new_zeros(len(self.row)), (len(C), len(A))
         with warnings.catch_warnings(action="ignore"):  # once in a process: that CSR is in beta
@@ -1125,126 +1129,122 @@ class Support:
         return torch.sparse.sampled_addmm(S, C, A.mT, beta=0).values()
 
     def per_latent(self, s: Tensor) -> Tensor:
-        """Sums over rows: (nnz,) -> (*stack, d_sae)."""
         return s.new_zeros(self.b_shape.numel()).index_add(0, self.latent, s).view(self.b_shape)
 
     def per_entry(self, v: Tensor) -> Tensor:
-        """v of each entry's latent: (*stack, d_sae) -> (nnz,)."""
         return v.flatten().index_select(0, self.latent)
 
 
-class Known(torch.autograd.Function):
-    """What `compute()` gives, with known gradients: `gradients(grad)` is one for each of inputs."""
-
-    @staticmethod
-    def forward(ctx, compute: Callable, gradients: Callable, *inputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        ctx.save_for_backward(*inputs)  # so that a change in between is noticed
-        return compute()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        _ = ctx.saved_tensors
-        return None, None, *ctx.gradients(grad)
-
-
-def where_true(mask: Tensor) -> Tensor:
-    """Where a flat mask that is mostly False is True, (n,): eight of it are looked at as one."""
-    if mask.numel() % 8:
-        return mask.flatten().nonzero().view(-1)
-    some = mask.view(-1, 8).view(torch.int64).nonzero()[:, 0]
-    i, j = mask.view(-1, 8)[some].nonzero(as_tuple=True)
-    return 8 * some[i] + j
+@torch.no_grad()
+def find_support(x: Tensor, W_enc: Tensor, b: Tensor, look: torch.dtype) -> tuple[Support, Tensor]:
+    """Where z + b > 0 for z = x W_enc, and z there, (nnz,); a block of latents at a time.
+    The first look may be in bfloat16, twice as fast on some CPUs. That moves an entry by at most
+    eps ‖x‖ ‖w‖ (Cauchy-Schwarz), for w the latent's column, so none is missed where
+    [x, ‖x‖, 1] · [w, eps ‖w‖, b + eps |b|] > 0 is asked instead."""
+    (batch, d_in), d_sae, C = x.shape[-2:], b.shape[-1], W_enc.mT.contiguous()
+    A, W, B = x.reshape(-1, batch, d_in), C.view(-1, d_sae, d_in), b.reshape(-1, d_sae, 1)
+    eps = 1.05 * torch.finfo(look).eps + d_in * torch.finfo(torch.float32).eps
+    A = torch.cat([A, A.norm(dim=-1, keepdim=True), torch.ones_like(A[..., :1])], -1).to(look)
+    width = max(1, min(d_sae, (BLOCK if x.is_cpu else 16 * BLOCK) // batch))
+    out, found = A.new_empty(width, batch), []  # one for all: fresh memory costs as much again
+    is_open = torch.empty(-(-out.numel() // 8) * 8, dtype=torch.bool, device=x.device)
+    for member, first in itertools.product(range(len(A)), range(0, d_sae, width)):
+        w, b_w = (v[member, first : first + width] for v in (W, B))
+        w = torch.cat([w, eps * w.norm(dim=-1, keepdim=True), b_w + eps * b_w.abs()], -1).to(look)
+        pi = torch.mm(w, A[member].mT, out=out[: len(w)]).relu_()
+        is_open.zero_()[: pi.numel()].copy_(pi.view(-1))  # NaN too: the loss will show it
+        some = is_open.view(torch.int64).nonzero()[:, 0]  # most are False: eight at once
+        i, j = is_open.view(-1, 8)[some].nonzero(as_tuple=True)
+        found.append(8 * some[i] + j + (member * d_sae + first) * batch)
+    entry = torch.cat(found)
+    if look != x.dtype and len(entry) > len(A) * batch * d_sae / 32:  # too many for a second look
+        return find_support(x, W_enc, b, x.dtype)
+    latent, row = entry // batch, entry % batch + entry // (batch * d_sae) * batch
+    z = Support(latent, row, x.shape, b.shape).products(x, C)
+    keep = (~(z <= -b.flatten()[latent])).nonzero().view(-1)
+    return Support(latent[keep], row[keep], x.shape, b.shape), z[keep]
 
 
 @torch.no_grad()
-def find_support(x: Tensor, W_enc: Tensor, b: Tensor, rough=False) -> tuple[Support, Tensor]:
-    """Where z + b > 0 for z = x W_enc, and z there, (nnz,); a block of latents at a time.
-    `rough`: a first look in bfloat16, twice as fast on some CPUs. That moves an entry by at most
-    eps ‖x‖ ‖w‖ (Cauchy-Schwarz), for w the latent's column, so none is missed where
-    [x, ‖x‖, 1] · [w, eps ‖w‖, b + eps |b|] > 0 is asked instead."""
-    (batch, d_in), d_sae = x.shape[-2:], b.shape[-1]
-    C = W_enc.mT.contiguous() if rough else W_enc.mT  # a copy, latent by latent, for the last look
-    A, W, B = x.reshape(-1, batch, d_in), C.reshape(-1, d_sae, d_in), b.reshape(-1, d_sae, 1)
-    eps = 1.05 * torch.finfo(torch.bfloat16).eps + d_in * torch.finfo(torch.float32).eps
-    if rough:
-        A = torch.cat([A, A.norm(dim=-1, keepdim=True), torch.ones_like(A[..., :1])], -1).bfloat16()
-    most = BLOCK if x.device.type == "cpu" else 16 * BLOCK
-    width, found, z = max(1, min(d_sae, most // batch)), [], []
-    buffer = A.new_empty(width, batch)  # one for all: fresh memory costs as much as the product
-    for member, first in itertools.product(range(len(A)), range(0, d_sae, width)):
-        w, b_w = (v[member, first : first + width] for v in (W, B))
-        shut = 0 if rough else -b_w
-        if rough:
-            margin = eps * w.norm(dim=-1, keepdim=True), b_w + eps * b_w.abs()
-            w = torch.cat([w, *margin], -1).bfloat16()
-        product = torch.mm(w, A[member].mT, out=buffer[: len(w)])
-        at = where_true(~(product <= shut))  # NaN stays: the loss will show it
-        found.append(at + (member * d_sae + first) * batch), z.append(product.view(-1)[at])
-    entry, z = torch.cat(found), torch.cat(z)
-    latent = entry // batch
-    row = entry % batch + latent // d_sae * batch
-    if rough and len(entry) > len(A) * batch * d_sae / 32:  # the margins let too many through
-        return find_support(x, W_enc, b)
-    if rough:
-        z = Support(latent, row, x.shape, b.shape).products(x, C)
-        keep = (~(z <= -b.flatten()[latent])).nonzero().view(-1)
-        latent, row, z = latent[keep], row[keep], z[keep]
-    return Support(latent, row, x.shape, b.shape), z
-
-
-def sparse_losses(sae: SAE, x: Tensor) -> Losses:
-    """`sae.losses(x)` of a Standard or a tied Gated SAE, to rounding. x gets no gradient."""
-    expect(has_sparse_path(sae), f"got {sae}, expected a Standard or a tied Gated SAE")
+def encoded(sae: SAE, x: Tensor, sparse: bool | None) -> tuple | None:
+    """S, x - b_dec, and z, f and f_gate at S: all entries, the support if `sparse`, or, if None,
+    what was measured to be faster; and nothing at all where there is no such path."""
+    able = type(sae) in (StandardSAE, GatedSAE, NaturalGatedSAE) and getattr(sae, "tied", True)
+    able = able and sae.W_dec.dtype in (torch.float32, torch.float64)
+    if sparse is None and (not able or torch.is_autocast_enabled(x.device.type)):
+        return None
+    expect(able, f"got {sae}, expected a Standard or a tied Gated SAE")
     check_rows(sae, x, only_batches=True)
-    gated, x = isinstance(sae, GatedSAE), x.detach()
-    W_dec, b_dec, b = sae.W_dec, sae.b_dec, sae.b_gate if gated else sae.b_enc
-    centred = (x - as_row(b_dec)).detach()
-    can = getattr(torch.cpu, "get_capabilities", dict)() if x.device.type == "cpu" else {}
-    rough = sae.d_in >= 256 and (can.get("amx_bf16") or can.get("avx512_bf16"))
-    support, z_value = find_support(centred, sae.W_enc, b, rough)
-
-    def encoder(grad: Tensor) -> tuple[Tensor, Tensor | None]:  # gradients of b_dec and W_enc
-        b_grad = sae.W_enc.detach() @ support.per_latent(grad).unsqueeze(-1)
-        W_grad = support.to_latents(grad, centred).mT if sae.W_enc.requires_grad else None
-        return -b_grad.squeeze(-1), W_grad
-
-    def error(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-        def decoder(grad: Tensor) -> tuple[Tensor, Tensor | None]:  # gradients of f and W_dec
-            W_grad = support.to_latents(f, grad) if W_dec.requires_grad else None
-            return support.products(grad, W_dec), W_grad
-
-        x_hat = Known.apply(lambda: support.to_rows(f, W_dec), decoder, f, W_dec)
-        return squared_error(x, x_hat + as_row(b_dec))
-
-    z = Known.apply(lambda: z_value, encoder, b_dec, sae.W_enc)
-    f = f_gate = F.relu(z + support.per_entry(b))
-    if gated:
-        f = F.relu(support.per_entry(sae.r_mag.exp()) * z + support.per_entry(sae.b_mag))
-    charge = PENALTIES[sae.penalty](f_gate, support.per_entry(W_dec.norm(dim=-1)))
-    sparsity = support.per_latent(charge).sum(-1) / x.shape[-2]
-    reconstruct, task = error(f, W_dec, b_dec), getattr(sae, "aux", None)
-    if task == "frozen":
-        W_dec, b_dec = W_dec.detach(), b_dec.detach()
-    aux = error(f_gate, W_dec, b_dec) if task else torch.zeros_like(reconstruct)
-    return Losses(reconstruct, sparsity, aux)
+    x_c, W_enc, b = x - as_row(sae.b_dec), sae.W_enc, getattr(sae, sae.opener)
+    if sparse is None and (sparse := x_c[..., 0].numel() * sae.d_sae > 2**17):
+        few = x_c[..., :8, :] @ W_enc + as_row(b)  # a look at a few rows costs next to nothing
+        sparse = (few > 0).float().mean() < 1 / 16 and x.device.type in ("cpu", "cuda")
+    can = torch.cpu.get_capabilities() if x.is_cpu and sae.d_in >= 256 else {}
+    look = torch.bfloat16 if can.get("amx_bf16") or can.get("avx512_bf16") else x.dtype
+    S, z = find_support(x_c, W_enc, b, look) if sparse else (Dense, x_c @ W_enc)
+    f = f_gate = (z + S.per_entry(b)).relu_()
+    if isinstance(sae, GatedSAE):
+        f = torch.addcmul(S.per_entry(sae.b_mag), S.per_entry(sae.r_mag.exp()), z)
+        f = f.relu_().mul_(f_gate.sign())
+    return S, x_c, z, f, f_gate
 
 
-def has_sparse_path(sae: SAE) -> bool:
-    """Whether it is a Standard or a tied Gated SAE, in float32 or float64, on a CPU or on CUDA."""
-    able = sae.W_dec.is_cpu or sae.W_dec.is_cuda
-    able = able and sae.W_dec.dtype in (torch.float32, torch.float64) and getattr(sae, "tied", True)
-    return able and type(sae) in (StandardSAE, GatedSAE, NaturalGatedSAE)
+class ByHand(torch.autograd.Function):
+    """f_gate, E‖x - x̂(f)‖², and aux, with their gradients, from what is `encoded`. Of a Standard
+    SAE, b_gate is b_enc, and scale, which is exp(r_mag), and b_mag are None."""
+
+    @staticmethod
+    def forward(ctx, code, aux, W_enc, W_dec, b_dec, b_gate, scale, b_mag):
+        S, x_c, z, f, f_gate = code
+        errors = [S.to_rows(s, W_dec) - x_c for s in ((f, f_gate) if aux else (f,))]  # x̂ - x
+        ctx.S, ctx.unfrozen = S, aux == "unfrozen"
+        ctx.save_for_backward(W_enc, W_dec, scale, x_c, z, f, f_gate, *errors)
+        reconstruct, *task = (e.square().sum(-1).mean(-1) for e in errors)
+        return f_gate, reconstruct, *(task or [torch.zeros_like(reconstruct)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_gate, *weights):  # d_v: the gradient with respect to v, d_gate: to f_gate
+        W_enc, W_dec, scale, x_c, z, f, f_gate, *errors = ctx.saved_tensors
+        S, d_scale, d_b_mag = ctx.S, None, None
+        w, w_aux = (2 / x_c.shape[-2] * v[..., None, None] for v in weights)
+        G = w * errors[0]  # of x̂
+        d_f, d_W_dec, d_b_dec = S.products(G, W_dec), S.to_latents(f, G), G.sum(-2)
+        if errors[1:]:
+            G = w_aux * errors[1]
+            d_gate = d_gate + S.products(G, W_dec)
+            if ctx.unfrozen:
+                d_W_dec, d_b_dec = d_W_dec + S.to_latents(f_gate, G), d_b_dec + G.sum(-2)
+        d_z = f_gate.sign() * (d_gate if scale is not None else d_gate + d_f)
+        d_b_gate = d_shift = S.per_latent(d_z)
+        if scale is not None:
+            d_f *= f.sign()
+            d_scale, d_b_mag = S.per_latent(d_f * z), S.per_latent(d_f)
+            d_z, d_shift = d_z.addcmul_(S.per_entry(scale), d_f), d_b_gate + scale * d_b_mag
+        d_W_enc = S.to_latents(d_z, x_c).mT if ctx.needs_input_grad[2] else None
+        d_b_dec = d_b_dec - (W_enc @ d_shift.unsqueeze(-1)).squeeze(-1)  # z has b_dec too
+        return None, None, d_W_enc, d_W_dec, d_b_dec, d_b_gate, d_scale, d_b_mag
 
 
-def fast_losses(sae: SAE, x: Tensor) -> Losses:
-    """`sae.losses(x)`, by the sparse path where it was measured to be faster (on CPUs)."""
-    if has_sparse_path(sae) and x.shape[-2] * sae.W_dec.shape[:-1].numel() > 2**17:
-        few = sae.encode(x[..., :8, :].detach())  # a look at a few rows costs next to nothing
-        if (few > 0).float().mean() < 1 / 16:
-            return sparse_losses(sae, x)
-    return sae.losses(x)
+def fast_losses(sae: SAE, x: Tensor, sparse: bool | None = None) -> Losses:
+    """`sae.losses(x)` to rounding, by hand where that can be: see `encoded`. x gets no gradient."""
+    if (code := encoded(sae, x, sparse)) is None:
+        return sae.losses(x)
+    scale, b_mag = (sae.r_mag.exp(), sae.b_mag) if isinstance(sae, GatedSAE) else (None, None)
+    own = sae.W_enc, sae.W_dec, sae.b_dec, getattr(sae, sae.opener), scale, b_mag
+    f_gate, reconstruct, aux = ByHand.apply(code, getattr(sae, "aux", None), *own)
+    charge = PENALTIES[sae.penalty](f_gate, code[0].per_entry(sae.W_dec.norm(dim=-1)))
+    return Losses(reconstruct, code[0].per_latent(charge).sum(-1) / x.shape[-2], aux)
 
 
-Trainer.default_losses = staticmethod(fast_losses)  # without this line, `train` is dense
+def fast_code(sae: SAE, x: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """`Metrics.code`, by the same paths."""
+    if (code := encoded(sae, x, None)) is None:
+        return dense_code(sae, x, wide)
+    S, f = code[0], code[3]
+    sums = (S.per_latent(v.to(wide)) for v in (f, f.sign()))
+    return S.to_rows(f, sae.W_dec) + as_row(sae.b_dec), *sums
+
+
+dense_code, Metrics.code = Metrics.code, staticmethod(fast_code)
+Trainer.default_losses = staticmethod(fast_losses)  # without these two lines, all is dense

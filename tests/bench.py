@@ -1,4 +1,4 @@
-"""How fast, and how large? `python tests/bench.py [--quick]`; peers are included where installed.
+"""How fast, and how large? `python tests/bench.py [--quick | --cuda]`; with peers, if installed.
 How good? `python tests/bench.py quality ACTIVATIONS.npy`, see `quality` below.
 
 Ratios only: each row's competitors take turns within one process. A time is a full training step
@@ -28,11 +28,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gated_sae import KINDS, GatedSAE, Trainer, sparse_losses, step_on_unit_norm, train
+from gated_sae import KINDS, GatedSAE, Trainer, fast_losses, step_on_unit_norm, train
 from results.measure import activations, as_markdown, at_fvu, epochs, remembered
 from toy_data import SuperpositionData
 
 SIZES = ((512, 64, 256, 6), (1024, 128, 1024, 16), (2048, 512, 4096, 32), (2048, 512, 16384, 64))
+CUDA_SIZES = ((4096, 768, 16384, 32), (4096, 2048, 131072, 64))
+DEVICE = "cuda" if "--cuda" in sys.argv else "cpu"
 LR, L1, ROOT = 1e-9, 0.1, Path(__file__).resolve().parent.parent
 
 
@@ -42,7 +44,8 @@ def problem(batch, d_in, d_sae, l0):
     x = torch.randn(batch, d_in, generator=generator)
     W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
     z = (x[:256] @ W_dec.T).flatten()
-    return x, W_dec, -z.kthvalue(int(len(z) * (1 - l0 / d_sae))).values.item()
+    bias = -z.kthvalue(int(len(z) * (1 - l0 / d_sae))).values.item()
+    return x.to(DEVICE), W_dec.to(DEVICE), bias
 
 
 def filled(sae, W_dec, bias):
@@ -52,7 +55,7 @@ def filled(sae, W_dec, bias):
 
 def ours(losses, x, W_dec, bias):
     """Our training step, with `losses` a function of an SAE and x."""
-    sae = filled(GatedSAE(x.shape[1], len(W_dec)), W_dec, bias)
+    sae = filled(GatedSAE(x.shape[1], len(W_dec), device=DEVICE), W_dec, bias)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR, betas=Trainer.betas, fused=True)
 
     def step(x):
@@ -66,7 +69,8 @@ def ours(losses, x, W_dec, bias):
 def saelens_model(d_in, d_sae):
     from sae_lens import GatedTrainingSAE, GatedTrainingSAEConfig
 
-    return GatedTrainingSAE(GatedTrainingSAEConfig(d_in=d_in, d_sae=d_sae, l1_coefficient=L1))
+    config = GatedTrainingSAEConfig(d_in=d_in, d_sae=d_sae, l1_coefficient=L1, device=DEVICE)
+    return GatedTrainingSAE(config)
 
 
 def saelens(x, W_dec, bias):
@@ -75,6 +79,7 @@ def saelens(x, W_dec, bias):
 
     sae = filled(saelens_model(x.shape[1], len(W_dec)), W_dec, bias)
     rows = dict(total_training_samples=10**9, train_batch_size_samples=len(x))
+    rows |= dict(device=DEVICE, autocast=DEVICE == "cuda")
     return SAETrainer(SAETrainerConfig(lr=LR, lr_end=LR, **rows), sae, iter(())).step
 
 
@@ -82,15 +87,25 @@ def dictionary_learning(x, W_dec, bias):
     from dictionary_learning.trainers.gdm import GatedSAETrainer
 
     d_sae, d_in = W_dec.shape
-    peer = GatedSAETrainer(10**6, d_in, d_sae, layer=0, lm_name="", lr=LR, device="cpu")
+    peer = GatedSAETrainer(10**6, d_in, d_sae, layer=0, lm_name="", lr=LR, device=DEVICE)
     peer.ae.decoder.weight.data[:], peer.ae.encoder.weight.data[:] = W_dec.T, W_dec
     peer.ae.gate_bias.data[:] = bias
-    return lambda x: peer.update(0, x)
+    return in_bfloat16(lambda x: peer.update(0, x))
+
+
+def in_bfloat16(function):
+    """A function under autocast, on CUDA."""
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")(function)
+
+
+def dense(sae, x):
+    """By hand, or, on CUDA, as one trains there."""
+    return fast_losses(sae, x, False) if DEVICE == "cpu" else in_bfloat16(sae.losses)(x)
 
 
 RUNS = {
-    "sparse": partial(ours, sparse_losses),
-    "dense": partial(ours, GatedSAE.losses),
+    "sparse": partial(ours, partial(fast_losses, sparse=True)),
+    "dense": partial(ours, dense),
     "product": lambda x, W_dec, bias: partial(torch.matmul, other=W_dec.T.contiguous()),
     "SAELens": saelens,
     "dictionary-learning": dictionary_learning,
@@ -101,7 +116,7 @@ def runs_here(name):
     """Whether a competitor is installed and works: torch.compile, say, needs a C++ compiler."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            RUNS[name](*problem(8, 4, 8, 2))(torch.randn(8, 4))
+            RUNS[name](*problem(8, 4, 8, 2))(torch.randn(8, 4, device=DEVICE))
     except Exception as error:  # whatever it is, the others can be compared
         print(f"without {name}: {type(error).__name__}")
         return False
@@ -117,6 +132,7 @@ def interleaved(runs, x, seconds):
         for name, run in runs.items():
             start = time.perf_counter()
             run(x)
+            torch.cuda.synchronize() if x.is_cuda else None
             times[name].append(time.perf_counter() - start)
     return times
 
@@ -168,6 +184,24 @@ def sweep(steps):
             peer = saelens_model(64, 256)
             train_toy_sae(peer, *made_of, training_samples=512 * steps, batch_size=512)
     return (time.perf_counter() - middle) / (middle - start)
+
+
+def on_cuda():
+    """Steps and peaks one after the other, for memory's sake; all but "sparse" in bfloat16."""
+    names = [name for name in RUNS if runs_here(name)]
+    for size in CUDA_SIZES:
+        (x, W_dec, bias), found = problem(*size), {}
+        print(
+            "\n{}: batch {}, d_in {}, d_sae {}, L0 {}".format(torch.cuda.get_device_name(), *size)
+        )
+        for name in names:
+            torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            times = interleaved({name: RUNS[name](x, W_dec, bias)}, x, 2)[name]
+            found[name] = median(times), torch.cuda.max_memory_allocated() - held
+        for name, (seconds, peak) in found.items():
+            ratios = seconds / found["sparse"][0], peak / found["sparse"][1]
+            print(f"    {name + ' / sparse':32}{ratios[0]:8.2f}, peak memory {ratios[1]:.2f}")
 
 
 def main(quick):
@@ -380,6 +414,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--cuda", action="store_true")
     parser.add_argument("what", nargs="*", help="quality FILE.npy [NAME ...]")
     for name, value in SIZE.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="quality")
@@ -392,4 +427,4 @@ if __name__ == "__main__":
     elif args.what:
         parser.error(f"got {args.what}, expected nothing, or quality FILE.npy [NAME ...]")
     else:
-        main(args.quick)
+        on_cuda() if args.cuda else main(args.quick)

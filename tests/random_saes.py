@@ -15,6 +15,8 @@ from gated_sae import (
     SigmoidGatedSAE,
     SoftCutoffSAE,
     StandardSAE,
+    encoded,
+    fast_losses,
 )
 
 PENALTIES["log2"] = lambda f, norm: (2 * f).log1p()
@@ -77,21 +79,25 @@ def random_batch(*shape, seed):
     return 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def gradients(sae, value):
+def gradients(sae, value, **options):
     """d value / d parameter by name; zeros where a parameter is not in the graph."""
     names, parameters = zip(*sae.named_parameters(), strict=True)
-    grads = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+    options |= dict(allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(value, parameters, **options)
     return dict(zip(names, grads, strict=True))
 
 
 def assert_oracle(reference, sae, x, *weights):
-    """Losses, and gradients of their sum with a weight for each, are those of `oracle`."""
+    """Losses, and gradients of their sum with a weight for each, are those of `oracle`: as the SAE
+    has them, and, where it has a fast path, by hand, over all entries and over the support."""
     parameters = {name: p.detach().numpy() for name, p in sae.named_parameters()}
     expected, grads = reference(x.numpy(), parameters, *weights)
-    losses = sae.losses(x)
-    assert_equal(losses, Losses(*(torch.tensor(v, dtype=torch.float64) for v in expected)))
-    total = sum(w * term for w, term in zip((*weights, 1.0), losses, strict=False))
-    assert_equal(gradients(sae, total), {k: torch.from_numpy(v) for k, v in grads.items()})
+    expected = Losses(*(torch.tensor(v, dtype=torch.float64) for v in expected))
+    by_hand = [False, True] if encoded(sae, x, None) else []
+    for losses in (sae.losses(x), *(fast_losses(sae, x, sparse) for sparse in by_hand)):
+        assert_equal(losses, expected)
+        total = sum(w * term for w, term in zip((*weights, 1.0), losses, strict=False))
+        assert_equal(gradients(sae, total), {k: torch.from_numpy(v) for k, v in grads.items()})
 
 
 def assert_equal(a, b, **tolerance):

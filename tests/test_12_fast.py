@@ -22,11 +22,21 @@ from random_saes import (
 )
 
 import gated_sae
-from gated_sae import GatedSAE, find_support, sparse_losses, train
+from gated_sae import (
+    GatedSAE,
+    Metrics,
+    dense_code,
+    encoded,
+    evaluate,
+    fast_losses,
+    find_support,
+    train,
+)
 from toy_data import SuperpositionData
 
 UNABLE = ["gated untied", "gated sigmoid", "soft cutoff", "jumprelu"]
 ABLE = [name for name in VARIANTS if name not in UNABLE]
+sparse_losses = partial(fast_losses, sparse=True)
 DATA = SuperpositionData(8, 16, firing=0.1, seed=3)
 stacks = st.sampled_from([(), (3,), (2, 3)])
 
@@ -56,34 +66,53 @@ def plain(d_in, d_sae, rows, shift=0):
 @example("gated", (3, 5), 0, (2, 3), True, 1e6)  # all do
 @example("standard norm", (3, 5), 0, (3,), False, -1e6)
 @given(st.sampled_from(ABLE), sizes, seeds, stacks, st.booleans(), st.floats(-8, 8))
-def test_losses_and_gradients_are_the_dense_ones(variant, size, seed, stack, shared, shift):
+def test_losses_and_gradients_by_hand_are_those_of_autograd(
+    variant, size, seed, stack, shared, shift
+):
+    """Each term has a weight of its own; twice from one graph."""
     sae = shifted(variant, size, seed, shift, stack=stack)
     x = random_batch(*(() if shared else stack), 7, size[0], seed=seed).requires_grad_()
-    dense, sparse = sae.losses(x), sparse_losses(sae, x)
-    assert_equal(sparse, dense)
-    weight = 0.1 + torch.rand(stack, generator=torch.Generator().manual_seed(seed)).double()
-    expected = gradients(sae, dense.total(weight).sum())
-    assert_equal(gradients(sae, sparse.total(weight).sum()), expected)
-    sparse_losses(sae, x).total(0.3).sum().backward()
+    weights = 0.1 + torch.rand(3, *stack, generator=torch.Generator().manual_seed(seed)).double()
+    total = lambda losses: sum((w * v).sum() for w, v in zip(weights, losses, strict=True))  # noqa: E731
+    slow = sae.losses(x)
+    expected = gradients(sae, total(slow))
+    for sparse in (False, True):
+        fast = fast_losses(sae, x, sparse)
+        assert_equal(fast, slow)
+        for _ in range(2):
+            assert_equal(gradients(sae, total(fast), retain_graph=True), expected)
+    total(fast).backward()
     assert x.grad is None  # rather than a part of it
+
+
+@given(st.sampled_from(ABLE), sizes, seeds, stacks, st.floats(-8, 8), st.booleans())
+def test_metrics_are_those_of_f(variant, size, seed, stack, shift, sparse):
+    sae = shifted(variant, size, seed, shift, stack=stack)
+    x = random_batch(7, size[0], seed=seed).split(3)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(gated_sae, "encoded", lambda sae, x, _: encoded(sae, x, sparse))
+        fast = vars(evaluate(sae, x))
+        monkeypatch.setattr(Metrics, "code", dense_code)
+        assert_equal(fast, vars(evaluate(sae, x)))
 
 
 @given(seeds, st.sampled_from(["standard", "gated", "gated unfrozen"]))
 def test_float32_gradients_agree_to_rounding(seed, variant):
     sae = shifted(variant, (24, 64), seed, -3.0, stack=(2,)).float()
     x = random_batch(50, 24, seed=seed).float()
-    dense = gradients(sae, sae.losses(x).total(0.3).sum())
-    sparse = gradients(sae, sparse_losses(sae, x).total(0.3).sum())
-    for name, grad in dense.items():
-        assert (grad - sparse[name]).abs().max() <= 2e-5 * grad.abs().max() + 1e-6, name
+    slow = gradients(sae, sae.losses(x).total(0.3).sum())
+    for sparse in (False, True):
+        fast = gradients(sae, fast_losses(sae, x, sparse).total(0.3).sum())
+        for name, grad in slow.items():
+            assert (grad - fast[name]).abs().max() <= 2e-5 * grad.abs().max() + 1e-6, name
 
 
 @pytest.mark.parametrize("block", [1, 3, 8, 40, 1000])
 def test_the_size_of_blocks_changes_nothing(block, monkeypatch):
     sae, x = shifted("gated", (4, 9), 0, -1.0, stack=(2, 3)), random_batch(2, 3, 7, 4, seed=0)
-    expected, before = find_support(x, sae.W_enc, sae.b_gate)
+    expected, before = find_support(x, sae.W_enc, sae.b_gate, x.dtype)
     monkeypatch.setattr(gated_sae, "BLOCK", block)
-    found, z = find_support(x, sae.W_enc, sae.b_gate)
+    found, z = find_support(x, sae.W_enc, sae.b_gate, x.dtype)
     assert_equal((found.row, found.latent, z), (expected.row, expected.latent, before))
 
 
@@ -151,7 +180,7 @@ def support_of(x, W, b, block=2**21):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(gated_sae, "BLOCK", block)
         monkeypatch.setattr(gated_sae, "find_support", None)  # which it would call again
-        support, z = find_support(x, W, b_all, rough=True)
+        support, z = find_support(x, W, b_all, torch.bfloat16)
     found = torch.zeros(100 * len(b), len(x), dtype=torch.bool)
     found[support.latent, support.row] = True
     assert not found[len(b) :].any()
@@ -189,7 +218,7 @@ def test_where_bfloat16_is_fast_the_losses_are_the_same(monkeypatch):
     for rough in (False, True):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda rough=rough: {"amx_bf16": rough})
         assert_equal(sparse_losses(sae, x), sae.losses(x))
-    assert [bool(call.args[3]) for call in look.call_args_list] == [False, True]
+    assert [call.args[3] for call in look.call_args_list] == [torch.float32, torch.bfloat16]
 
 
 # -- Training --------------------------------------------------------------------------------------
@@ -210,8 +239,8 @@ def test_training_ends_where_the_dense_one_ends(variant, stack, every, device):
 
 def test_training_takes_the_sparse_path_once_few_latents_fire(monkeypatch):
     """Not so many, at some steps, do; a stack of six is large enough to be worth it."""
-    taken, shares = Mock(wraps=sparse_losses), []
-    monkeypatch.setattr(gated_sae, "sparse_losses", taken)
+    taken, shares = Mock(wraps=find_support), []
+    monkeypatch.setattr(gated_sae, "find_support", taken)
     data = SuperpositionData(16, 64, firing=0.03)
     options = dict(l1=3.0, steps=200, lr=1e-2, log_every=200, device="cpu")
     sae, dense = (GatedSAE(16, 64, stack=6, dtype=torch.float64) for _ in range(2))
@@ -220,12 +249,13 @@ def test_training_takes_the_sparse_path_once_few_latents_fire(monkeypatch):
         shares.append((dense.encode(x[:8]) > 0).double().mean())
         return dense.losses(x)
 
-    list(train(dense, data.batches(512, seed=0), losses=watched, **options))
     list(train(GatedSAE(16, 64), data.batches(512, seed=0), **options))  # small: dense is faster
     assert not taken.called
+    list(train(dense, data.batches(512, seed=0), losses=watched, **options))
+    taken.reset_mock()
     *_, last = train(sae, data.batches(512, seed=0), **options)
-    assert taken.call_count == sum(share < 1 / 16 for share in shares)
-    assert 20 <= taken.call_count < 200
+    assert taken.call_count == sum(share < 1 / 16 for share in shares) + 2  # for two Records
+    assert 20 <= taken.call_count < 202
     assert last.metrics.l0.mean() < 4
     assert_equal(sae.state_dict(), dense.state_dict(), rtol=1e-5, atol=1e-7)
 

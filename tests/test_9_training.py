@@ -163,7 +163,7 @@ def test_data_far_from_the_origin_trains_as_well_as_centred():
 
 LOWERED = {  # what `losses=` may be, as functions of the SAE
     None: lambda sae: None,
-    "sparse": lambda sae: partial(gated_sae.sparse_losses, sae),
+    "sparse": lambda sae: partial(gated_sae.fast_losses, sae, sparse=True),
     "scaled": lambda sae: lambda x: Losses(*(3 * term for term in sae.losses(x))),
     "normalized": lambda sae: lambda x: gated_sae.normalized(sae.losses(x), x),
     "autocast": lambda sae: torch.autocast("cpu", torch.bfloat16)(sae.losses),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from resource import RLIM_INFINITY, RLIMIT_FSIZE, setrlimit
 
@@ -456,7 +457,7 @@ LONG = "--steps 20 --dtype float64 --d-sae 15 --batch 34 --log-every 5"
 SHORT = "--steps 4 --dtype float64 --d-sae 7 --batch 34 --variant"
 DENSE = dict(more=LONG, fast_losses=lambda sae, x: sae.losses(x))
 ALIKE = {"dense": DENSE, "from one": DENSE}
-ALIKE |= {"sparse": DENSE | dict(fast_losses=gated_sae.sparse_losses)}
+ALIKE |= {"sparse": DENSE | dict(fast_losses=partial(gated_sae.fast_losses, sparse=True))}
 ALIKE |= {variant: DENSE | dict(more=f"{SHORT} {variant}") for variant in KINDS}
 STOP = {8: lambda x: os.kill(os.getpid(), signal.SIGTERM)}
 # The events come to the second process only.
