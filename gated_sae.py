@@ -1085,6 +1085,7 @@ def to_dictionary_learning(sae: SAE) -> dict[str, Tensor]:
 
 BLOCK = 2**21  # entries of the dense product that exist at once
 bag = partial(F.embedding_bag, mode="sum", include_last_offset=True)
+zero_where_shut = torch.ops.aten.threshold_backward  # the gradient of ReLU: (s, f, 0), 0 at f ≤ 0
 
 
 class Dense:
@@ -1185,7 +1186,7 @@ def encoded(sae: SAE, x: Tensor, sparse: bool | None) -> tuple | None:
     f = f_gate = (z + S.per_entry(b)).relu_()
     if isinstance(sae, GatedSAE):
         f = torch.addcmul(S.per_entry(sae.b_mag), S.per_entry(sae.r_mag.exp()), z)
-        f = f.relu_().mul_(f_gate.sign())
+        f = zero_where_shut(f.relu_(), f_gate, 0)
     return S, x_c, z, f, f_gate
 
 
@@ -1215,10 +1216,10 @@ class ByHand(torch.autograd.Function):
             d_gate = d_gate + S.products(G, W_dec)
             if ctx.unfrozen:
                 d_W_dec, d_b_dec = d_W_dec + S.to_latents(f_gate, G), d_b_dec + G.sum(-2)
-        d_z = f_gate.sign() * (d_gate if scale is not None else d_gate + d_f)
+        d_z = zero_where_shut(d_gate if scale is not None else d_gate + d_f, f_gate, 0)
         d_b_gate = d_shift = S.per_latent(d_z)
         if scale is not None:
-            d_f *= f.sign()
+            d_f = zero_where_shut(d_f, f, 0)
             d_scale, d_b_mag = S.per_latent(d_f * z), S.per_latent(d_f)
             d_z, d_shift = d_z.addcmul_(S.per_entry(scale), d_f), d_b_gate + scale * d_b_mag
         d_b_dec = d_b_dec - (W_enc @ d_shift.unsqueeze(-1)).squeeze(-1)  # z has b_dec too

@@ -11,23 +11,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gated_sae import expect, positive
+from gated_sae import expect
 
 
 @torch.enable_grad()
 def _gradient(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     z = z.detach().requires_grad_()
-    value = fn(z)
-    expect(value.shape == z.shape[:-1], f"fn gave {value.shape}, expected {z.shape[:-1]}")
     # The empty sum ties a bare step, which has no graph, to z: gradient 0 and no error.
-    return torch.autograd.grad(value.sum() + z[..., :0].sum(), z)[0]
+    return torch.autograd.grad(fn(z).sum() + z[..., :0].sum(), z)[0]
 
 
 def integrated_gradients(fn: Callable, z: Tensor, baseline: Tensor, steps: int) -> Tensor:
     """(z - z₀) ⊙ ∫₀¹ ∇fn(z₀ + t (z - z₀)) dt by the midpoint rule, (..., d), for z₀ = baseline.
     fn: (..., d) -> (...), row by row. Complete where fn is continuous: the sum over d tends to
     fn(z) - fn(z₀) with more steps. A ReLU's kink may cost its coordinate |z - z₀| / (2 steps)."""
-    positive("steps", steps)
     path = (baseline + (k + 0.5) / steps * (z - baseline) for k in range(steps))
     return (z - baseline).detach() * sum(_gradient(fn, point) for point in path) / steps
 
@@ -42,7 +39,6 @@ def activation_patching(fn: Callable, z: Tensor, z_patch: Tensor) -> Tensor:
     """fn(z with z_patch in coordinate i) - fn(z) for each i, (..., d): the effect; d + 1 calls."""
     at = torch.eye(z.shape[-1], dtype=torch.bool, device=z.device)
     values = torch.stack([fn(z), *(fn(torch.where(i, z_patch, z)) for i in at)], -1)
-    expect(values.shape[:-1] == z.shape[:-1], f"fn gave {values.shape[:-1]}, not {z.shape[:-1]}")
     return values[..., 1:] - values[..., :1]
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gated_sae import KINDS, GatedSAE, Trainer, fast_losses, step_on_unit_norm, train
+from gated_sae import KINDS, GatedSAE, Trainer, evaluate, fast_losses, step_on_unit_norm, train
 from results.measure import activations, as_markdown, at_fvu, epochs, remembered
 from toy_data import SuperpositionData
 
@@ -53,14 +53,14 @@ def filled(sae, W_dec, bias):
     return sae
 
 
-def ours(losses, x, W_dec, bias):
+def ours(losses, x, W_dec, bias, stack=()):
     """Our training step, with `losses` a function of an SAE and x."""
-    sae = filled(GatedSAE(x.shape[1], len(W_dec), device=DEVICE), W_dec, bias)
+    sae = filled(GatedSAE(x.shape[1], len(W_dec), stack=stack, device=DEVICE), W_dec, bias)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR, betas=Trainer.betas, fused=True)
 
     def step(x):
         optimizer.zero_grad()
-        losses(sae, x).total(L1).backward()
+        losses(sae, x).total(L1).sum().backward()
         step_on_unit_norm(optimizer, sae.W_dec)
 
     return step
@@ -103,7 +103,19 @@ def dense(sae, x):
     return fast_losses(sae, x, False) if DEVICE == "cpu" else in_bfloat16(sae.losses)(x)
 
 
+def evaluated(x, W_dec, bias):
+    sae = filled(GatedSAE(x.shape[1], len(W_dec), device=DEVICE), W_dec, bias)
+    return lambda x: evaluate(sae, [x])
+
+
+def whole_run(x, W_dec, bias):
+    """From its first step, as it starts by itself."""
+    return Trainer(GatedSAE(x.shape[1], len(W_dec)), l1=L1, steps=1000).step
+
+
 RUNS = {
+    "evaluate": evaluated,
+    "whole run": whole_run,
     "sparse": partial(ours, partial(fast_losses, sparse=True)),
     "dense": partial(ours, dense),
     "product": lambda x, W_dec, bias: partial(torch.matmul, other=W_dec.T.contiguous()),
@@ -161,12 +173,16 @@ def print_memory(name, size):
     print(int(status.split("VmHWM:")[1].split()[0]) * 1024 - before)
 
 
-def print_compiled(size):
-    """In a process of its own: peers may import what torch.compile cannot bear."""
-    x, W_dec, bias = problem(*size)
-    losses = {"compiled": torch.compile(lambda sae, x: sae.losses(x)), "dense": GatedSAE.losses}
-    runs = {name: ours(each, x, W_dec, bias) for name, each in losses.items()}
-    print(ratio(interleaved(runs, x, 3), "compiled", "dense"))
+def stacked(x, W_dec, bias):
+    """A step of twelve in a stack, in that of twelve alone, on one thread."""
+    alone = [ours(fast_losses, x, W_dec, bias) for _ in range(12)]
+    runs = {"stack": ours(fast_losses, x, W_dec, bias, 12)}
+    runs["alone"] = lambda x: [step(x) for step in alone]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = interleaved(runs, x, 5)
+    torch.set_num_threads(threads)
+    return ratio(times, "stack", "alone")
 
 
 def sweep(steps):
@@ -216,19 +232,13 @@ def main(quick):
         print("\nbatch {}, d_in {}, d_sae {}, L0 {}".format(*size))
         for name, base in [(n, b) for b in ("sparse", "dense") for n in names if n != b]:
             print(f"    {name + ' / ' + base:32}{ratio(times, name, base)}")
-        print(f"    {'dense, torch.compile / dense':32}{apart(f'print_compiled({size})')}")
         for name, peak in memory.items():
             print(f"    {'peak memory, sparse / ' + name:32}{memory['sparse'] / peak:8.2f}")
-    print("\nd_sae at batch 1024, d_in 256, L0 32: time of a sparse step, in that of the first")
-    widths, x = [1024 * 2**k for k in range(3 if quick else 5)], problem(1024, 256, 1024, 32)[0]
-    runs = {width: RUNS["sparse"](*problem(1024, 256, width, 32)) for width in widths}
-    times = interleaved(runs, x, seconds)
-    for width in widths:
-        print(f"    {width:6}{ratio(times, width, 1024)}")
-    clock = "t = time.time(); import gated_sae; print(time.time() - t)"
-    imports = [float(apart(clock, before="import time, torch")) for _ in range(5)]
-    print(f"\nimport of gated_sae beyond torch's: {median(imports):.3f} s")
+    print("12 in a stack / 12 alone, one thread, the first size:" + stacked(*problem(*SIZES[0])))
     if "SAELens" in names:
+        wide = (2048, 512, 65536, 64)
+        peaks = [int(apart(f"print_memory({n!r}, {wide})")) for n in ("whole run", "SAELens")]
+        print(f"d_sae 65536: peak memory, a whole run / SAELens {peaks[0] / peaks[1]:.2f}")
         print(f"12 λ, 64 x 256, batch 512, {steps} steps: SAELens / ours {sweep(steps):.2f}")
 
 

@@ -136,6 +136,7 @@ def test_reading_changes_nothing_and_drops_nothing():
     with pytest.raises(RuntimeError):  # the model's own
         list(gated_sae.harvest(model.train(), model.inner, [torch.ones(3, 5)]))
     assert all(part.training for part in model.modules())
+    assert not model.inner._forward_hooks
 
 
 def test_first_tokens_and_long_rows_can_be_left_out_and_are_counted():
@@ -193,13 +194,6 @@ def test_rows_to_shuffle_are_rows_and_what_comes_out_is_no_view():
             next(gated_sae.shuffle([torch.randn(5, 8)], *odd))
     for x in gated_sae.shuffle([torch.randn(500, 8)], 16, 100):
         assert x.untyped_storage().nbytes() == x.numel() * 4
-
-
-def test_errors_pass_and_the_hook_is_gone(model):
-    with pytest.raises(ValueError, match="input 0: the model never called Linear"):
-        list(gated_sae.harvest(model, model.unused, [IDS]))
-    with pytest.raises(IndexError):  # the model's own
-        list(gated_sae.harvest(model, model.first, [IDS + 100]))
 
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
@@ -321,24 +315,6 @@ def test_an_ablation_that_does_not_hurt_is_refused(ablated, given_as):
         loss_recovered(3.1, 3.0, given_as(ablated))
 
 
-@st.composite
-def noisy_curves(draw):
-    """n ≥ 2 points near L = 10 C^-b over decades; the noise is too small to turn the curve."""
-    n, b = draw(st.integers(2, 8)), draw(slopes)
-    compute = 10.0 ** torch.arange(n, dtype=torch.float64)
-    return compute, 10 * compute**-b * (0.3 * b * randn(n, seed=draw(seeds)).clamp(-2, 2)).exp()
-
-
-@given(noisy_curves(), ces, st.floats(0.5, 3), st.floats(1e-3, 1))
-def test_a_larger_hit_leaves_a_smaller_share_and_none_costs_nothing(curve, clean, sae, more):
-    """D2: also where the clean model is off the curve."""
-    ces = torch.tensor([clean, sae, sae + more], dtype=torch.float64)
-    none, share, less = compute_multiple(*curve, ces, ces[0])
-    assert none == 1
-    assert less < share
-    assert (share < 1) == (sae > clean) or sae == pytest.approx(clean)
-
-
 @given(slopes, ces, st.lists(st.floats(0, 12), min_size=2, max_size=6), st.floats(0, 3))
 def test_a_power_law_is_inverted_exactly(b, scale, decades, down):
     """D2: the share 10^-down trains the spliced loss. The clean model is beyond the table."""
@@ -347,16 +323,8 @@ def test_a_power_law_is_inverted_exactly(b, scale, decades, down):
     clean, sae = scale * big**-b, scale * (big * 10**-down) ** -b
     share = compute_multiple(compute, scale * compute**-b, sae, clean)
     assert share.item() == pytest.approx(10**-down, rel=1e-6)
-
-
-@given(noisy_curves(), st.floats(1, 2))
-def test_the_fit_is_least_squares_in_logs(curve, ratio):
-    """D2, against torch's own solver on columns (1, -log C)."""
-    compute, loss = curve
-    columns = torch.stack([torch.ones_like(compute), -compute.log()], -1)
-    slope = torch.linalg.lstsq(columns, loss.log().unsqueeze(-1)).solution[1].item()
-    share = compute_multiple(compute.tolist(), loss.tolist(), 3 * ratio, 3.0)
-    assert share.log().item() == pytest.approx(-math.log(ratio) / slope, rel=1e-6, abs=1e-9)
+    share = compute_multiple([1, 10, 1000], [1000, 10, 1], 2.0, 1.0)  # off it: least squares
+    assert share.item() == pytest.approx(2 ** (-42 / 39))
 
 
 @given(st.integers(2, 6), slopes, st.floats(0.1, 2), st.floats(1, 4), st.floats(0.1, 2))
@@ -440,15 +408,13 @@ def test_attribution_differs_from_activation_by_the_jump(drawn):
     assert_equal(errors(zero), [zero, lost])
 
 
-METHODS = partial(integrated_gradients, steps=4), attribution_patching, activation_patching
-
-
 @given(points())
 def test_all_agree_on_linear_functions_and_only_patching_sees_a_bare_step(drawn):
     z, other, _, w = drawn
     linear, step = lambda z: (w * z).sum(-1) + 3, lambda z: (z > 1).double().sum(-1)
     crossings = (other > 1).double() - (z > 1).double()
-    for method, sign, seen in zip(METHODS, (-1, 1, 1), (0, 0, 1), strict=True):
+    methods = partial(integrated_gradients, steps=4), attribution_patching, activation_patching
+    for method, sign, seen in zip(methods, (-1, 1, 1), (0, 0, 1), strict=True):
         assert_equal(method(linear, z, other), sign * w * (other - z))
         assert_equal(method(step, z, other), seen * crossings)
 
@@ -461,23 +427,6 @@ def test_activation_patching_keeps_the_other_coordinates(drawn):
     for i, effect in enumerate(activation_patching(fn, z, other).unbind(-1)):
         patched = torch.cat([z[:, :i], other[:, i : i + 1], z[:, i + 1 :]], -1)
         assert_equal(effect, fn(patched) - fn(z))
-
-
-@given(points(), seeds, st.integers(1, 5))
-def test_integrated_gradients_are_complete_for_smooth_functions(drawn, seed, steps):
-    """The midpoint rule is exact for quadratics, at any number of steps: the gradient halfway."""
-    z, other, _, w = drawn
-    A = randn(len(w), len(w), seed=seed)
-    fn = lambda z: ((z @ A) * z).sum(-1) + z @ w  # noqa: E731
-    found = integrated_gradients(fn, z, other, steps)
-    assert_equal(found, (z - other) * ((z + other) / 2 @ (A + A.T) + w))
-    assert_equal(found.sum(-1), fn(z) - fn(other))
-    # Summed where coordinates interact; each by itself where they do not.
-    mixed = lambda z: (z @ A[:, :3] / 2).sin().sum(-1)  # noqa: E731
-    found = integrated_gradients(mixed, z, other, 500).sum(-1)
-    assert_equal(found, mixed(z) - mixed(other), rtol=0, atol=1e-2)
-    found = integrated_gradients(lambda z: (w * z.sin()).sum(-1), z, other, 500)
-    assert_equal(found, w * (z.sin() - other.sin()), rtol=0, atol=1e-3)
 
 
 @given(points(), st.integers(1, 9), st.data())
@@ -494,51 +443,3 @@ def test_completeness_fails_by_exactly_the_jumps(drawn, steps, data):
         assert_equal(found, sign * w * (z - theta).relu())
         assert_equal(jump(b) - jump(a) - found.sum(-1), sign * crossed)
         assert_equal(shift(b) - shift(a), integrated_gradients(shift, b, a, steps).sum(-1))
-
-
-@given(points(), st.integers(1, 50))
-def test_a_kink_costs_at_most_half_a_step(drawn, steps):
-    """Between any two points, each coordinate: the ReLU's change, whichever of the two fn is."""
-    z, other, theta, w = drawn
-    found = integrated_gradients(jump_and_shift(theta, w)[0], z, other, steps)
-    expected = w * ((z - theta).relu() - (other - theta).relu())
-    assert ((found - expected).abs() <= (w * (z - other)).abs() / (2 * steps) + 1e-9).all()
-
-
-@pytest.mark.parametrize("method", METHODS)
-@given(points(), st.integers(2, 3))
-def test_stacks_and_shared_points(method, drawn, stack):
-    """(stack, batch, d) with θ (stack, d) is each member alone; the other point may be one row."""
-    z, other, theta, w = drawn
-    z, other = torch.stack([z * (i + 1) for i in range(stack)]), other[0]
-    theta = theta + torch.arange(stack).view(-1, 1)
-    together = method(jump_and_shift(theta, w)[0], z, other)
-    for i in range(stack):
-        fn, shared = jump_and_shift(theta[i], w)[0], other.expand_as(z[i])
-        assert_equal(together[i], method(fn, z[i], shared))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_attributions_need_no_graph_and_leave_none(method):
-    (z, other), (theta, w) = randn(2, 2, 3, seed=0), randn(2, 3, seed=1)
-    before, (jump, _) = z.clone(), jump_and_shift(theta, w.requires_grad_())
-    with torch.no_grad():
-        expected = method(jump, z, other)
-    assert not z.requires_grad
-    found = method(jump, z.requires_grad_(), other)
-    assert not found.requires_grad
-    assert_equal((found, z.detach()), (expected, before), rtol=0, atol=0)
-    assert z.grad is w.grad is None
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("fn", [torch.sum, torch.sin])
-def test_a_function_that_does_not_give_one_number_per_row_is_named(fn, method):
-    with pytest.raises(ValueError, match=r"fn gave torch.Size\(\[.*torch.Size\(\[2\]\)"):
-        method(fn, torch.ones(2, 3), torch.zeros(2, 3))
-
-
-@pytest.mark.parametrize("steps", [0, -1, 2.5, None])
-def test_bad_steps_are_named(steps):
-    with pytest.raises(ValueError, match=f"steps is {steps}, expected a positive int"):
-        integrated_gradients(lambda z: z.sum(-1), torch.ones(2, 3), torch.zeros(3), steps)

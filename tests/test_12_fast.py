@@ -7,31 +7,14 @@ from functools import partial
 from unittest.mock import Mock
 
 import pytest
+import random_saes
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from random_saes import (
-    VARIANTS,
-    Seen,
-    assert_equal,
-    gradients,
-    random_batch,
-    random_sae,
-    seeds,
-    sizes,
-)
+from random_saes import VARIANTS, Seen, assert_equal, gradients, random_batch, seeds, sizes
 
 import gated_sae
-from gated_sae import (
-    GatedSAE,
-    Metrics,
-    dense_code,
-    encoded,
-    evaluate,
-    fast_losses,
-    find_support,
-    train,
-)
+from gated_sae import GatedSAE, encoded, evaluate, fast_losses, find_support, train
 from toy_data import SuperpositionData
 
 UNABLE = ["gated untied", "gated sigmoid", "soft cutoff", "jumprelu"]
@@ -43,7 +26,7 @@ stacks = st.sampled_from([(), (3,), (2, 3)])
 
 def shifted(variant, size, seed, shift, **options):
     """A random SAE whose gates open often or seldom; one latent is dead, and one always fires."""
-    sae = random_sae(variant, size, seed, **options)
+    sae = random_saes.random_sae(variant, size, seed, **options)
     bias = sae.b_gate if isinstance(sae, GatedSAE) else sae.b_enc
     bias.data += shift
     if size[1] > 2:
@@ -92,7 +75,7 @@ def test_metrics_are_those_of_f(variant, size, seed, stack, shift, sparse):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(gated_sae, "encoded", lambda sae, x, _: encoded(sae, x, sparse))
         fast = vars(evaluate(sae, x))
-        monkeypatch.setattr(Metrics, "code", dense_code)
+        monkeypatch.setattr(gated_sae.Metrics, "code", gated_sae.dense_code)
         assert_equal(fast, vars(evaluate(sae, x)))
 
 

@@ -5,22 +5,11 @@ import copy
 import numpy as np
 import oracle
 import pytest
+import random_saes
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_saes import (
-    VARIANTS,
-    assert_equal,
-    assert_oracle,
-    gradients,
-    member,
-    random_batch,
-    random_sae,
-    scaling_variants,
-    seeds,
-    sizes,
-    variants,
-)
+from random_saes import VARIANTS, assert_equal, random_batch, random_sae, seeds, sizes, variants
 
 import gated_sae
 from gated_sae import GatedSAE, JumpReLUSAE, Losses, normalized, step_on_unit_norm
@@ -53,7 +42,7 @@ def test_gradient_descent_finds_the_closed_form(x, l1):
 def test_standard_loss_and_gradients_match_the_oracle(size, batch, seed):
     sae = random_sae("standard", size, seed)
     x = random_batch(batch, size[0], seed=seed + 1)
-    assert_oracle(oracle.standard, sae, x, 1.3, 0.7)
+    random_saes.assert_oracle(oracle.standard, sae, x, 1.3, 0.7)
 
 
 def test_squared_error_sums_over_features_and_means_over_the_batch():
@@ -97,17 +86,19 @@ def test_a_stack_is_its_members(variant, size, seed, shared):
     stack = random_sae(variant, size, seed, stack=(2, 3))
     x = random_batch(*(() if shared else (2, 3)), 5, size[0], seed=seed)
     losses, x_hat = stack.losses(x), stack(x)
-    grads = gradients(stack, losses.total(0.3).sum())
+    grads = random_saes.gradients(stack, losses.total(0.3).sum())
     for i in np.ndindex(2, 3):
-        single = member(stack, i)
+        single = random_saes.member(stack, i)
         x_i = x if shared else x[i]
         assert_equal(x_hat[i], single(x_i))
         own = single.losses(x_i)
         assert_equal(Losses(*(term[i] for term in losses)), own)
-        assert_equal({k: g[i] for k, g in grads.items()}, gradients(single, own.total(0.3)))
+        assert_equal(
+            {k: g[i] for k, g in grads.items()}, random_saes.gradients(single, own.total(0.3))
+        )
 
 
-@given(scaling_variants, sizes, seeds, st.floats(0.1, 10))
+@given(random_saes.scaling_variants, sizes, seeds, st.floats(0.1, 10))
 def test_normalized_errors_do_not_see_the_scale_of_x(variant, size, seed, c):
     """A7. Scaling x, biases and thresholds by c scales f, x̂ and Σf by c, the errors by c²."""
     x = random_batch(5, size[0], seed=seed)

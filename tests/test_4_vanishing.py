@@ -1,21 +1,14 @@
 """Section 4: why the gradient of the gate vanishes."""
 
+import random_saes
 from hypothesis import given
 from hypothesis import strategies as st
-from random_saes import (
-    assert_equal,
-    gated_variants,
-    gradients,
-    random_batch,
-    random_sae,
-    seeds,
-    sizes,
-)
+from random_saes import assert_equal, gradients, random_batch, random_sae, seeds, sizes
 
 from gated_sae import GatedSAE, gate, squared_error
 
 
-@given(gated_variants, sizes, seeds)
+@given(random_saes.gated_variants, sizes, seeds)
 def test_reconstruction_never_reaches_the_gate(variant, size, seed):
     """G1. Exactly zero, not small: on b_gate always, on all of W_gate where it is untied."""
     sae = random_sae(variant, size, seed)

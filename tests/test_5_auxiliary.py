@@ -4,31 +4,22 @@ from functools import partial
 
 import oracle
 import pytest
+import random_saes
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_saes import (
-    assert_equal,
-    assert_oracle,
-    gated_variants,
-    gradients,
-    random_batch,
-    random_sae,
-    seeds,
-    sizes,
-    weights,
-)
+from random_saes import assert_equal, gradients, random_batch, random_sae, seeds, sizes, weights
 from torch.nn import functional as F
 
 from gated_sae import GatedSAE, gate, gated_losses
 
 
-@given(gated_variants, sizes, st.integers(1, 7), seeds, weights, weights, weights)
+@given(random_saes.gated_variants, sizes, st.integers(1, 7), seeds, weights, weights, weights)
 def test_gated_losses_and_gradients_match_the_oracle(variant, size, batch, seed, a, l1, c):
     """Each term has a weight of its own, so no error in one can hide behind another."""
     sae = random_sae(variant, size, seed)
     x = random_batch(batch, size[0], seed=seed + 1)
-    assert_oracle(partial(oracle.gated, aux=sae.aux), sae, x, a, l1, c)
+    random_saes.assert_oracle(partial(oracle.gated, aux=sae.aux), sae, x, a, l1, c)
 
 
 def test_the_auxiliary_task_can_open_a_gate():

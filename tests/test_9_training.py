@@ -11,29 +11,12 @@ import random_saes
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from random_saes import (
-    VARIANTS,
-    assert_equal,
-    random_batch,
-    random_sae,
-    seeds,
-    sizes,
-    unit_norm,
-    variants,
-)
+from random_saes import VARIANTS, assert_equal, random_batch, random_sae, seeds, sizes, variants
 from torch import nn
 from torch.nn import functional as F
 
 import gated_sae
-from gated_sae import (
-    GatedSAE,
-    Losses,
-    StandardSAE,
-    Trainer,
-    evaluate,
-    resample,
-    train,
-)
+from gated_sae import GatedSAE, Losses, StandardSAE, Trainer, evaluate, resample, train
 from toy_data import SuperpositionData
 
 DATA = SuperpositionData(8, 16, firing=0.1, seed=3)
@@ -192,10 +175,10 @@ def test_the_loop_is_project_step_renormalise(variant, lowered):
         optimizer.zero_grad()
         terms.total(price).backward()
         W = expected.W_dec
-        if unit_norm(expected):
+        if random_saes.unit_norm(expected):
             W.grad = W.grad - (W.grad * W.data).sum(1, keepdim=True) * W.data
         optimizer.step()
-        if unit_norm(expected):
+        if random_saes.unit_norm(expected):
             W.data = W.data / W.data.norm(dim=1, keepdim=True)
         assert_equal(record.metrics.fvu, evaluate(expected, [x]).fvu)
     assert_equal(sae.state_dict(), expected.state_dict())
@@ -503,6 +486,8 @@ def test_a_trainer_takes_its_steps_and_no_more():
         assert_equal(trainer.sae.state_dict(), same.state_dict(), rtol=0, atol=0)
     assert_equal(last.losses, records[-1].losses, rtol=0, atol=0)
     assert (trainer.betas, trainer.resample_every) == ((0.9, 0.999), 100)
+    _, records = trained(GatedSAE(8, 16), steps=201)
+    assert [record.step for record in records] == [1, 100, 200, 201]
     assert Trainer(GatedSAE(16, 4), l1=0.1, steps=1, device="cpu").lr == 0.05 / 4
 
 
@@ -543,7 +528,7 @@ def test_a_decoder_from_elsewhere_is_folded_or_refused(variant, size, seed, stac
     folds = variant in random_saes.SCALING or size[1] == 1
     with nullcontext() if folds else pytest.raises(ValueError, match="norms .*, expected 1"):
         Trainer(sae, l1=0.1, steps=1, device="cpu")
-        assert unit_norm(sae) or torch.equal(sae.W_dec.norm(dim=-1), norms)
+        assert random_saes.unit_norm(sae) or torch.equal(sae.W_dec.norm(dim=-1), norms)
         gated_sae.fold_decoder_norms(sae)
     scales = torch.where((norms > 0) & folds, norms, 1)
     assert_equal(sae.encode(x), f * scales.unsqueeze(-2))
@@ -603,11 +588,6 @@ def test_a_bad_batch_or_loss_stops_training_before_anything_has_changed(
             deep(torch.ones(5, 4, 8))
     assert_equal(state(), before, rtol=0, atol=0)
     assert trainer.step(batches[0]).step == 4
-
-
-def test_records_come_every_hundred_steps_unless_told_otherwise():
-    _, records = trained(GatedSAE(8, 16), steps=201)
-    assert [record.step for record in records] == [1, 100, 200, 201]
 
 
 BAD = dict(steps=(0, -3, 1.5), resample_every=(0, -1, 1.5, True), log_every=(0,))

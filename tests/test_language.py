@@ -173,9 +173,7 @@ def test_the_comparison_is_at_equal_ce():
     ("factors", "last", "said"),
     [
         ((2.0, 1.0, 1.5), 1, "Standard has 2.00 to 2.00 times its L0 (Gated is ahead)"),
-        ((2.0, 1.0, 1.5), 1, "Standard 1.5x has 1.50 to 1.50 times its L0 (Gated is ahead)"),
         ((1.0, 2.0, 1.5), 1, "Standard has 0.50 to 0.50 times its L0 (Gated is behind)"),
-        ((2.0, 1.0, 1.0), 1, "Standard 1.5x has 1.00 to 1.00 times its L0 (neither is ahead"),
         ((2.0, 1.0, 1.5), 1 / 4, "0.64 to 2.00 times its L0 (neither is ahead at every level)"),
         ((1.0, 2.0), 1, "cannot be compared"),
     ],
@@ -185,13 +183,3 @@ def test_the_sentence_says_who_is_ahead(factors, last, said):
     measured = made_up(*factors)
     measured["table"][2]["l0"] *= last
     assert said in language.verdict(measured)
-
-
-def test_the_sentence_of_the_committed_results_quotes_their_table():
-    """And FVU flatters Gated, as README.md says."""
-    rows, sentence = language.comparison(SAVED), language.verdict(SAVED)
-    assert len(rows) >= 3
-    for variant in ("Standard", "Standard 1.5x"):
-        ratios = [row[f"{variant} / Gated"] for row in rows]
-        assert f"{variant} has {min(ratios):.2f} to {max(ratios):.2f} times" in sentence
-    assert all(row["FVU Gated"] < row["FVU Standard"] for row in rows)
