@@ -1223,8 +1223,7 @@ class ByHand(torch.autograd.Function):
             d_scale, d_b_mag = S.per_latent(d_f * z), S.per_latent(d_f)
             d_z, d_shift = d_z.addcmul_(S.per_entry(scale), d_f), d_b_gate + scale * d_b_mag
         d_b_dec = d_b_dec - (W_enc @ d_shift.unsqueeze(-1)).squeeze(-1)  # z has b_dec too
-        d_W_enc = S.to_latents(d_z, x_c).mT
-        return None, None, d_W_enc, d_W_dec, d_b_dec, d_b_gate, d_scale, d_b_mag
+        return None, None, S.to_latents(d_z, x_c).mT, d_W_dec, d_b_dec, d_b_gate, d_scale, d_b_mag
 
 
 def fast_losses(sae: SAE, x: Tensor, sparse: bool | None = None) -> Losses:

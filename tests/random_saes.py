@@ -1,5 +1,7 @@
 """What the property tests draw: SAEs with every parameter random, and batches to feed them."""
 
+import copy
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -37,6 +39,7 @@ VARIANTS = {
     "soft cutoff": partial(SoftCutoffSAE, s=0.2),
     "jumprelu": partial(JumpReLUSAE, bandwidth=1.0),  # wide: or no random π is near its θ
 }
+GATED = ["gated", "gated unfrozen", "gated without aux", "gated untied"]
 SCALING = [name for name in VARIANTS if name not in ("gated sigmoid", "soft cutoff")]
 
 
@@ -45,10 +48,10 @@ def unit_norm(sae):
     return sae.W_dec.requires_grad and not sae.penalty.startswith("norm")
 
 
+assert_equal = torch.testing.assert_close  # tensors, dicts or tuples of them, to their rounding
 seeds = st.integers(0, 2**32 - 1)
 variants = st.sampled_from(list(VARIANTS))
 scaling_variants = st.sampled_from(SCALING)
-gated_variants = st.sampled_from(["gated", "gated unfrozen", "gated without aux", "gated untied"])
 stacks = st.sampled_from([(), (2, 3)])
 weights = st.floats(0.1, 3)  # of the terms of a loss
 sizes = st.tuples(st.integers(1, 6), st.integers(1, 9))  # d_in, d_sae
@@ -100,16 +103,12 @@ def assert_oracle(reference, sae, x, *weights):
         assert_equal(gradients(sae, total), {k: torch.from_numpy(v) for k, v in grads.items()})
 
 
-def assert_equal(a, b, **tolerance):
-    """Equal dicts or tuples of tensors, or tensors, to rounding in their dtype."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for name in a:
-            torch.testing.assert_close(
-                a[name], b[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance
-            )
-    else:
-        torch.testing.assert_close(a, b, **tolerance)
+@contextmanager
+def unchanged(sae):
+    """Within, no bit of an SAE's parameters changes."""
+    before = copy.deepcopy(sae.state_dict())
+    yield
+    assert_equal(sae.state_dict(), before, rtol=0, atol=0)
 
 
 class Seen(TorchDispatchMode):

@@ -18,14 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gated_sae
-from gated_sae import (
-    GatedSAE,
-    StandardSAE,
-    from_dictionary_learning,
-    load,
-    save,
-    to_dictionary_learning,
-)
+from gated_sae import GatedSAE, StandardSAE, from_dictionary_learning, load, save
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
@@ -162,7 +155,7 @@ def folder(tmp_path):
         ("'(a|normalize)': (4.0|True).*expected", [dict(a=4.0), dict(normalize=True)]),  # of old
         ("'layer_norm'.*expected.*'none'", [dict(normalize_activations="layer_norm")]),
         ("penalty is 'log9', expected one of", [dict(penalty="log9")]),
-        (r"a: .*expected cfg\.json of one of", ["", "{", "[]", "3", '"text"', "null", "\x00"]),
+        (r"a: \w+Error: .*cfg\.json of one of", ["", "{", "[]", "3", '"text"', "null", "\x00"]),
     ],
 )
 def test_configs_that_do_not_fit_are_named(folder, says, changes):
@@ -237,13 +230,13 @@ def test_dictionary_learning_states_load_with_their_outputs_and_are_written_as_t
     assert_equal((sae.encode(x), sae(x)), (recorded["f"], recorded["x_hat"]))
     for term in ("reconstruct", "sparsity", "aux") if name == "gated" else ():
         assert_equal(getattr(sae.losses(x), term), recorded[term])
-    assert_equal(to_dictionary_learning(sae), state, rtol=0, atol=0)
+    assert_equal(gated_sae.to_dictionary_learning(sae), state, rtol=0, atol=0)
 
 
 @given(st.sampled_from(["standard", "gated"]), sizes, seeds)
 def test_states_for_dictionary_learning_come_back_as_they_went(variant, size, seed):
     sae = random_sae(variant, size, seed)
-    state = to_dictionary_learning(sae)
+    state = gated_sae.to_dictionary_learning(sae)
     assert all(t.is_contiguous() for t in state.values())
     back = from_dictionary_learning(state)
     assert_equal(back.state_dict(), sae.state_dict(), rtol=0, atol=0)
@@ -255,7 +248,7 @@ def test_states_for_dictionary_learning_come_back_as_they_went(variant, size, se
 def test_what_dictionary_learning_has_not_is_named(variant):
     sae = random_sae(variant, (4, 8), 0, stack=2 if variant == "gated" else ())
     with pytest.raises(ValueError, match="expected a single Standard or tied Gated SAE"):
-        to_dictionary_learning(sae)
+        gated_sae.to_dictionary_learning(sae)
 
 
 @pytest.mark.parametrize(
@@ -286,10 +279,10 @@ def published(folder, weights, **tensors):
     return folder
 
 
-def random_parameters(*names, d_in=4, d_sae=6, seed=0):
-    shapes = dict(W_enc=(d_in, d_sae), W_dec=(d_sae, d_in), b_dec=(d_in,), x=(50, d_in))
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shapes.get(name, (d_sae,)), generator=generator) for name in names]
+def random_parameters(*names):
+    shapes = dict(W_enc=(4, 6), W_dec=(6, 4), b_dec=(4,), x=(50, 4))
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shapes.get(name, (6,)), generator=generator) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -305,7 +298,7 @@ def random_parameters(*names, d_in=4, d_sae=6, seed=0):
 def test_a_jumprelu_that_encodes_x_itself_loads_with_its_outputs(tmp_path, weights, config, names):
     """f = ReLU(x W_enc + b_enc) where that is above the threshold; x̂ = f W_dec + b_dec."""
     held = "W_enc", "W_dec", "b_enc", "b_dec", "threshold", "x"
-    W_enc, W_dec, b_enc, b_dec, threshold, x = random_parameters(*held)
+    W_enc, W_dec, b_enc, b_dec, threshold, x = random_parameters(*held).values()
     theta, own = threshold.abs(), dict(zip(names, (W_enc, W_dec), strict=True))
     folder = published(tmp_path / "a", weights, **own, b_enc=b_enc, b_dec=b_dec, threshold=theta)
     if config is not None:
@@ -371,24 +364,16 @@ def test_folders_of_older_saelens_load(tmp_path, change):
         ("params.safetensors", dict(hf_hook_point_out="a"), "SAE or transcoder, expected one of"),
         (WEIGHTS, dict(normalize_activations=True), "'normalize_activations': True"),
         ("model.bin", {}, r"it holds \[.*'model.bin'\], expected"),
-        (WEIGHTS, [], "AttributeError"),
+        ("ae.pt", dict(trainer=dict(dict_class="AutoEncoder")), "UnpicklingError"),
     ],
 )
 def test_what_is_not_read_is_called_by_its_name(tmp_path, weights, config, says):
-    W_enc, W_dec, b_enc, b_dec = random_parameters("W_enc", "W_dec", "b_enc", "b_dec")
-    tensors = dict(W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec)
+    tensors = random_parameters("W_enc", "W_dec", "b_enc", "b_dec")
+    tensors |= dict(path=Path("a")) if says == "UnpicklingError" else {}
     folder = published(tmp_path / "a", weights, **tensors)
     for name in (CONFIG, "config.json"):
         (folder / name).write_text(json.dumps(config))
     with pytest.raises(ValueError, match=says):
-        load(folder)
-
-
-def test_a_pickle_in_a_state_is_not_opened(tmp_path):
-    folder = published(tmp_path / "a", "ae.pt", bias=torch.zeros(4))
-    torch.save(dict(bias=Path("a")), folder / "ae.pt")
-    (folder / "config.json").write_text(json.dumps(dict(trainer=dict(dict_class="AutoEncoder"))))
-    with pytest.raises(ValueError, match="UnpicklingError"):
         load(folder)
 
 

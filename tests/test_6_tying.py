@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from random_saes import Seen, assert_equal, random_batch, random_sae, seeds, sizes, stacks
-from torch.nn import functional as F
 
 from gated_sae import GatedSAE, StandardSAE, jump_relu
 
@@ -36,17 +35,6 @@ def test_a_tied_gate_is_a_jump_relu(size, seed, stack):
     assert_equal(sae.encode(x)[clear], jump_relu(pi_mag, sae.threshold)[clear], rtol=0, atol=0)
 
 
-@given(sizes, seeds)
-def test_the_natural_b_mag_removes_the_jump(size, seed):
-    """G8: at b_mag = exp(r_mag) b_gate, θ = 0 and f̃ = exp(r_mag) ReLU(π_gate)."""
-    sae = random_sae("gated", size, seed)
-    sae.b_mag.data = (sae.r_mag.exp() * sae.b_gate).data
-    x = random_batch(20, size[0], seed=seed)
-    pi_gate, _ = sae.paths(x)
-    assert (sae.threshold == 0).all()
-    assert_equal(sae.encode(x), sae.r_mag.exp() * F.relu(pi_gate))
-
-
 @given(seeds)
 def test_the_jump_is_as_high_as_the_threshold(seed):
     theta = random_batch(6, seed=seed)
@@ -54,11 +42,6 @@ def test_the_jump_is_as_high_as_the_threshold(seed):
     just = 1e-9
     assert (jump_relu(torch.stack([at - just, at]), theta) == 0).all()
     assert_equal(jump_relu((at + just)[None], theta)[0], at, rtol=0, atol=1e-8)
-
-
-def test_an_untied_gate_has_no_threshold():
-    with pytest.raises(ValueError, match="tied=False"):
-        _ = GatedSAE(4, 8, tied=False).threshold
 
 
 def test_untied_starts_as_tied():
