@@ -1177,8 +1177,8 @@ def encoded(sae: SAE, x: Tensor, sparse: bool | None) -> tuple | None:
     check_rows(sae, x, only_batches=True)
     x_c, W_enc, b = x - as_row(sae.b_dec), sae.W_enc, getattr(sae, sae.opener)
     if sparse is None and (sparse := x_c[..., 0].numel() * sae.d_sae > 2**17):
-        few = x_c[..., :8, :] @ W_enc + as_row(b)  # a look at a few rows costs next to nothing
-        sparse = (few > 0).float().mean() < 1 / 16 and x.device.type in ("cpu", "cuda")
+        few = ((x_c[..., :8, :] @ W_enc + as_row(b)) > 0).float().mean()  # costs next to nothing
+        sparse = few < min(0.1, sae.d_in / 768) and x.device.type in ("cpu", "cuda")
     can = torch.cpu.get_capabilities() if x.is_cpu else dict(amx_bf16=True)
     fast = sae.d_in >= 256 and (can.get("amx_bf16") or can.get("avx512_bf16"))
     look = torch.bfloat16 if fast else x.dtype
