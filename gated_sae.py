@@ -44,7 +44,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
 from functools import cached_property, partial
 from numbers import Integral, Real
@@ -781,7 +781,8 @@ class Trainer:
         x = as_batch(self.sae, x, f"batch {self.done}")
         started = start(self.sae, x) if step == 1 else []
         try:
-            with torch.autograd.graph.saved_tensors_hooks(no_float16, no_float16):
+            look = torch.autograd.graph.saved_tensors_hooks(no_float16, no_float16)
+            with look if step == 1 else nullcontext():  # each step, they fragment memory
                 total = (losses := self.losses(x)).total(l1)
             finite = bool(total.isfinite().all())
             expect(finite, f"step {step}: the loss is {total.tolist()}, expected finite")
@@ -792,9 +793,8 @@ class Trainer:
             [bias.data.zero_() for bias in started]  # as they were
             raise
         if self.resample_every:  # of f alone these hear, and not if f_i = 0 on all rows
-            heard = ("r_mag", "b_mag", "b_enc")
-            heard = next((p for n, p in self.sae.named_parameters() if n in heard), None)
-            self.silent &= getattr(heard, "grad", None) == 0
+            heard = [p for n, p in self.sae.named_parameters() if n in ("r_mag", "b_mag", "b_enc")]
+            self.silent &= bool(heard) and heard[0].grad == 0
         self.optimizer.param_groups[0]["lr"] = lr
         if self.unit_norm:
             step_on_unit_norm(self.optimizer, self.sae.W_dec)

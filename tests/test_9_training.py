@@ -121,6 +121,19 @@ def test_a_first_step_that_fails_takes_its_start_back(way, variant):
         trainer.step(*some_batches(1))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_the_first_step_looks_at_what_the_backward_pass_needs(variant, monkeypatch):
+    """Looking at each step kept pages of the heap from being used again: 1 GB in 600 steps."""
+    seen = []
+    monkeypatch.setattr(gated_sae, "no_float16", lambda t: seen.append(t) or t)
+    trainer = Trainer(VARIANTS[variant](8, 16), l1=0.1, steps=3, device="cpu")
+    for x in some_batches(3):
+        trainer.step(x)
+        if trainer.done > 1:
+            assert not seen
+        seen.clear()
+
+
 def test_data_far_from_the_origin_trains_as_well_as_centred():
     """A mean of 10 standard deviations: FVU within 5 % of that of the same rows, centred."""
     fvu, data = [], SuperpositionData(16, 32, firing=2 / 32)
