@@ -921,7 +921,7 @@ def splice(module: nn.Module, put: SAE | str | Tensor) -> Iterator[None]:
         if isinstance(put, Tensor):
             fits = put.shape in (x.shape, x.shape[-1:])
             expect(fits, f"put is {tuple(put.shape)}, expected a row of x, {tuple(x.shape)}")
-        new = put(x.to(put.W_dec.dtype)) if isinstance(put, SAE) else put
+        new = put(x.to(put.W_dec)) if isinstance(put, SAE) else put
         new = torch.zeros_like(x) if isinstance(put, str) else new.to(x).expand_as(x)
         make = getattr(type(output), "_make", type(output))  # a namedtuple has its own
         return make([new, *output[1:]]) if isinstance(output, tuple | list) else new

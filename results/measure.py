@@ -12,18 +12,20 @@ import altair as alt
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import gated_sae
 from gated_sae import SAE, GatedSAE, StandardSAE, rescale_and_shift
-from toy_data import SuperpositionData, zipf
+from toy_data import SuperpositionData, recovery, zipf
 
 RESULTS = Path(__file__).parent
 
 
-def read(name: str, folder: Path = RESULTS):
-    """What was measured: "pareto", "claims", "runs" or "language"."""
-    return json.loads((folder / f"{name}.json").read_text())
+def read(name: str, folder: Path = RESULTS) -> list[dict]:
+    """The rows measured, in a folder or else here: "claims", "runs", "language", ..."""
+    file = next(f for f in (folder / f"{name}.jsonl", RESULTS / f"{name}.jsonl") if f.exists())
+    return [*map(json.loads, file.read_text().splitlines())]
 
 
 def remembered(file: Path, made: dict, measure: Callable[[], dict]) -> dict:
@@ -37,10 +39,11 @@ def remembered(file: Path, made: dict, measure: Callable[[], dict]) -> dict:
     return row
 
 
-def activations(file: Path, aside: int = 8000) -> tuple[Tensor, Tensor]:
-    """Rows of an .npy file, so that E‖x‖² = d_in and E x = 0: all but the first, and these."""
-    x = torch.from_numpy(np.load(file)).float()
-    x -= x[aside:].mean(0)
+def activations(rows: Path | Tensor, aside: int = 8000) -> tuple[Tensor, Tensor]:
+    """Rows, or those of an .npy file, so that E‖x‖² = d_in and E x = 0: all but the first, and
+    these."""
+    x = rows if isinstance(rows, Tensor) else torch.from_numpy(np.load(rows)).float()
+    x = x - x[aside:].mean(0)
     x *= (x.shape[1] / x[aside:].square().sum(-1).mean()) ** 0.5
     return x[aside:], x[:aside]
 
@@ -53,50 +56,66 @@ def epochs(x: Tensor, batch: int, steps: int, seed: int = 0) -> Iterator[Tensor]
     return itertools.islice(whole, steps)
 
 
+def side_by_side(streams, copies: tuple) -> Iterator[Tensor]:
+    """Of each seed its own rows: (seeds, *copies, batch, d_in)."""
+    for rows in zip(*streams, strict=True):
+        yield torch.stack([x.expand(*copies, *x.shape) for x in rows])
+
+
 WORLDS = ("plain", "Zipf, correlated", "hierarchical")
 
 
-def world(name: str, seed: int) -> SuperpositionData:
-    """One of three data sets of 128 features in 32 dimensions, 4 active on average."""
-    if name == "plain":
-        return SuperpositionData(32, 128, firing=4 / 128, seed=seed)
-    if name == "Zipf, correlated":
-        return SuperpositionData(32, 128, firing=zipf(128, 4), correlation=0.3, seed=seed)
-    # 32 parents with three children each, which fire on a quarter of their parent's occasions
-    p = 4 / (32 * 1.75)
-    parents = [-1] * 32 + [i // 3 for i in range(96)]
-    return SuperpositionData(32, 128, firing=[p] * 32 + [p / 4] * 96, parents=parents, seed=seed)
+class Toy:
+    """For each of several seeds, 128 features in 32 dimensions, 4 active on average."""
+
+    d_in, size, lr = 32, 1, None
+
+    def __init__(self, name: str, seeds: int):
+        # 32 parents with three children each, which fire on a quarter of their parent's occasions
+        p, tree = 4 / (32 * 1.75), [-1] * 32 + [i // 3 for i in range(96)]
+        options = {
+            "plain": {"firing": 4 / 128},
+            "Zipf, correlated": {"firing": zipf(128, 4), "correlation": 0.3},
+            "hierarchical": {"firing": [p] * 32 + [p / 4] * 96, "parents": tree},
+        }[name]
+        self.worlds = [SuperpositionData(32, 128, seed=seed, **options) for seed in range(seeds)]
+
+    def stream(self, offset: int, batch=256, copies=()) -> Iterator[Tensor]:
+        streams = (world.batches(batch, i + offset) for i, world in enumerate(self.worlds))
+        return side_by_side(streams, copies)
+
+    def held_out(self, copies: tuple) -> Iterator[Tensor]:
+        return itertools.islice(self.stream(20_000, 1000, copies), 10)
+
+    def scores(self, sae: SAE, seed: int) -> dict[str, float]:
+        found = recovery(sae, self.worlds[seed], rows=2000)
+        return {"mcc": found.mcc, "f1": found.f1}
 
 
 class Recipe(NamedTuple):
     """How a variant is made: a kind of SAE, and what is done to it before and after training."""
 
     kind: Callable[..., SAE]
-    span: tuple[float, float]  # least and most λ: the ranges of L0 overlap
+    span: tuple[float, float]  # least and most λ on toy data: the ranges of L0 overlap
     options: dict = {}
-    d_sae: int = 128
+    width: float = 1.0  # d_sae beside that of the others
     prepare: Callable = lambda sae, generator: None
     finish: Callable = lambda sae: sae
     refit: bool = False  # what `finish` made of it, on other rows and without penalty
     schedule: dict = {}
 
-    def strengths(self, n: int) -> Tensor:
-        return torch.logspace(*map(math.log10, self.span), n)
-
-
-def at_equal_compute(standard, gated, d_sae: int) -> dict[str, Recipe]:
-    """Standard and Gated over a span of λ each, and Standard 1.5 times as wide: a Gated step has
-    three products with a weight matrix where a Standard one has two."""
-    return {
-        "Standard": Recipe(StandardSAE, standard, d_sae=d_sae),
-        "Standard 1.5x": Recipe(StandardSAE, standard, d_sae=3 * d_sae // 2),
-        "Gated": Recipe(GatedSAE, gated, d_sae=d_sae),
-    }
+    def strengths(self, n: int, size: float = 1) -> Tensor:
+        """n λ, for coefficients `size` times as large as on toy data."""
+        return size * torch.logspace(*map(math.log10, self.span), n)
 
 
 LOW, HIGH = (0.15, 1.2), (0.3, 2.4)  # Gated needs larger λ for the same L0
 corrected = partial(Recipe, StandardSAE, (0.2, 2.4), refit=True)
-EVIDENCE = at_equal_compute(LOW, HIGH, 128) | {
+EVIDENCE = {
+    "Standard": Recipe(StandardSAE, LOW),
+    # A Gated step has three products with a weight matrix where a Standard one has two.
+    "Standard 1.5x": Recipe(StandardSAE, LOW, width=1.5),
+    "Gated": Recipe(GatedSAE, HIGH),
     "rescale & shift": corrected(finish=rescale_and_shift),
     "rescale & shift, decoder too": corrected(finish=lambda sae: rescale_and_shift(sae, True)),
     "natural b_mag": Recipe(gated_sae.NaturalGatedSAE, (0.6, 4.8)),
@@ -106,36 +125,51 @@ EVIDENCE = at_equal_compute(LOW, HIGH, 128) | {
 }
 
 
-def trained(recipe, stream, l1, steps, *, d_in=32, seed=0, lr=1e-2, what=None, **options) -> SAE:
-    """A stack made by the recipe, of the shape of l1; `options` are those of `train`.
-
-    stream(0) trains it, and stream(10 000), other rows of the same data, refits it.
-    `what` names a bar of progress. At a rate of 1e-2, data this small is learnt in thousands of
-    steps; at the paper's 3e-4, made for language models, not in tens of thousands.
-    """
+def trained(
+    recipe, stream, l1, steps, *, d_in=32, d_sae=None, seed=0, what=None, watch=None, **options
+):
+    """A stack made by the recipe, of the shape of l1; `options` are those of `train`. stream(0)
+    trains it, and stream(10 000), other rows of the same data, refits it. `what` names a bar of
+    progress. `watch` gets it at the first step, and at each quarter."""
     generator = torch.Generator().manual_seed(seed)
-    sae = recipe.kind(d_in, recipe.d_sae, stack=l1.shape, generator=generator, **recipe.options)
+    own = {"stack": l1.shape, "generator": generator} | recipe.options
+    sae = recipe.kind(d_in, int(recipe.width * (d_sae or 4 * d_in)), **own)
     recipe.prepare(sae, generator)
-    options |= {"steps": steps, "lr": lr, "log_every": steps} | recipe.schedule
+    options |= {"steps": steps, "log_every": max(1, steps // 4), "device": "cpu"} | recipe.schedule
 
     def fit(sae, l1, offset):
         bar = tqdm(stream(offset), what, steps, leave=False, disable=None if what else True)
-        list(gated_sae.train(sae, bar, l1=l1, **options))
+        for _ in gated_sae.train(sae, bar, l1=l1, **options):
+            watch(sae) if watch else None
         return sae
 
     sae = recipe.finish(fit(sae, l1, 0))
     return fit(sae, 0.0, 10_000) if recipe.refit else sae
 
 
-METRICS = "l0", "fvu", "gamma", "dead_fraction"
+def radial(sae: GatedSAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the gradient of L_aux on W_dec, were W_dec not frozen: the share along the d_i, as lengths
+    over all of W_dec; and what is across them, over what is across in the reconstruction's."""
+    (pi_gate, pi_mag), W_dec, lengths = sae.paths(x), sae.W_dec.detach().requires_grad_(), []
+    d, b_dec = F.normalize(W_dec.detach(), dim=-1), gated_sae.as_row(sae.b_dec.detach())
+    for f in (pi_gate.relu(), sae.gate(pi_gate, pi_mag)):
+        error = gated_sae.squared_error(x, f.detach() @ W_dec + b_dec)
+        (grad,) = torch.autograd.grad(error.sum(), W_dec)
+        along = (grad * d).sum(-1, keepdim=True)
+        lengths += (part.flatten(-2).norm(dim=-1) for part in (along, grad - along * d))
+    along, across, _, in_reconstruction = lengths
+    return along / torch.hypot(along, across), across / in_reconstruction
 
 
-def swept(recipe, stream, l1, steps, held_out, *, keys=METRICS, **options) -> Iterator[tuple]:
+METRICS = "l0", "fvu", "gamma", "norm_ratio", "cosine_squared", "dead_fraction"
+
+
+def swept(recipe, stream, l1, steps, held_out, **options) -> Iterator[tuple]:
     """Train as `trained`, and measure: (its place in the stack, an SAE, its metrics) for each."""
     sae = trained(recipe, stream, l1, steps, **options)
     found = gated_sae.evaluate(sae, held_out)
     for at, member in zip(itertools.product(*map(range, l1.shape)), members(sae), strict=True):
-        yield at, member, {key: round(getattr(found, key)[at].item(), 5) for key in keys}
+        yield at, member, {key: round(getattr(found, key)[at].item(), 5) for key in METRICS}
 
 
 def members(sae: SAE) -> Iterator[SAE]:
@@ -167,77 +201,75 @@ def spread(values) -> dict[str, float]:
     return {"mean": float(f"{values.mean().item():.4g}"), "se": float(f"{se.item():.2g}")}
 
 
-def frontier(table: list[dict], variant: str) -> list[dict]:
-    """Rows that no other of the variant beats in both FVU and L0, by rising FVU."""
+def frontier(table: list[dict], variant: str, by="fvu") -> list[dict]:
+    """Rows that no other of the variant beats in L0 and FVU, or what it is `by`, which rises."""
     best = []
-    for row in sorted((r for r in table if r["variant"] == variant), key=lambda r: r["fvu"]):
+    for row in sorted((r for r in table if r["variant"] == variant), key=lambda r: r[by]):
         if not best or row["l0"] < best[-1]["l0"]:
             best.append(row)
     return best
 
 
-def at_fvu(table: list[dict], variant: str, fvu: float, keys=("gamma",)) -> tuple | None:
+def at_fvu(table: list[dict], variant: str, fvu: float, keys=("gamma",), by="fvu") -> tuple | None:
     """(L0, γ) where a variant's frontier reaches an FVU, or None: log L0, and γ or any other keys,
     are interpolated in log FVU."""
-    for left, right in itertools.pairwise(frontier(table, variant)):
-        if left["fvu"] <= fvu <= right["fvu"] and right["l0"] > 0:
-            t = math.log(fvu / left["fvu"]) / math.log(right["fvu"] / left["fvu"])
+    for left, right in itertools.pairwise(frontier(table, variant, by)):
+        if 0 < left[by] <= fvu <= right[by] and right["l0"] > 0:
+            t = math.log(fvu / left[by]) / math.log(right[by] / left[by])
             log_l0 = (1 - t) * math.log(left["l0"]) + t * math.log(right["l0"])
             return math.exp(log_l0), *((1 - t) * left[key] + t * right[key] for key in keys)
     return None
 
 
-def at_levels(table: list[dict], kinds, levels, columns: dict, of=None) -> Iterator[tuple]:
-    """(FVU, row) where all kinds reach it: L0 of each, what `columns` name of each (or only `of`
-    these), and L0 as a multiple of Gated's."""
-    others = [kind for kind in kinds if kind != "Gated"]
-    for level in levels:
-        found = {kind: at_fvu(table, kind, level, columns.values()) for kind in kinds}
-        if all(found.values()):
-            row = {f"L0 {kind}": round(at[0], 2) for kind, at in found.items()}
-            for kind in of or kinds:
-                named = zip(columns, found[kind][1:], strict=True)
-                row |= {f"{name} {kind}": round(value, 3) for name, value in named}
-            gated = found["Gated"][0]
-            yield level, row | {f"{v} / Gated": round(found[v][0] / gated, 2) for v in others}
-
-
-def by_seed(rows: list[dict], world_name: str) -> list[list[dict]]:
-    own = [row for row in rows if row["world"] == world_name]
+def by_seed(rows: list[dict], data: str) -> list[list[dict]]:
+    own = [row for row in rows if row["world"] == data]
     return [[r for r in own if r["seed"] == seed] for seed in sorted({r["seed"] for r in own})]
 
 
-def l0_ratios(rows, variant, other, world_name="plain", levels=(0.1, 0.15, 0.2, 0.3)) -> list:
+# On the way from x̂ = E x to x: of the variance what is unexplained, of the loss what is lost.
+LEVELS = {"fvu": (0.1, 0.15, 0.2, 0.3), "lost": (0.05, 0.1, 0.2)}
+
+
+def l0_ratios(rows, variant, other, data="plain", by="fvu") -> list[float]:
     """Per seed: L0 of a variant over that of another, geometric mean over the FVU both reach."""
     ratios = []
-    for own in by_seed(rows, world_name):
-        found = [(at_fvu(own, variant, fvu), at_fvu(own, other, fvu)) for fvu in levels]
-        logs = [math.log(a[0] / b[0]) for a, b in found if a and b]
+    for own in by_seed(rows, data):
+        at = [[at_fvu(own, v, f, (), by) for v in (variant, other)] for f in LEVELS[by]]
+        logs = [math.log(a[0] / b[0]) for a, b in at if a and b]
         ratios += [math.exp(sum(logs) / len(logs))] if logs else []
     return ratios
 
 
-def gammas(rows, variant, world_name="plain") -> list[float]:
-    """Per seed: mean γ over the λ whose SAE explains between 60% and 95% of the variance."""
-    own = [row for row in rows if row["variant"] == variant and 0.05 < row["fvu"] < 0.4]
-    return [sum(r["gamma"] for r in rows) / len(rows) for rows in by_seed(own, world_name) if rows]
+def at_l0(rows, variant, l0, data="language model", key="ce") -> list[float]:
+    """Per seed: a number where a variant has an L0, interpolated in log L0."""
+    found = []
+    for own in by_seed([row for row in rows if row["variant"] == variant], data):
+        pairs = sorted((math.log(row["l0"]), row[key]) for row in own)
+        found.append(float(np.interp(math.log(l0), *zip(*pairs, strict=True), math.nan, math.nan)))
+    return found
 
 
-def mean_at_fvu(rows, variant, world_name="plain", fvu=0.2, keys=("gamma",)) -> list[float] | None:
+def means(rows, variant, data, key="gamma") -> list[float]:
+    """Per seed: the mean of a number over those λ whose SAE explains 60% to 95% of the variance."""
+    rows = [row for row in rows if row["variant"] == variant]
+    own = [[r[key] for r in rows if 0.05 < r["fvu"] < 0.4] for rows in by_seed(rows, data)]
+    return [sum(values) / len(values) if values else math.nan for values in own]
+
+
+def mean_at_fvu(rows, variant, data="plain", fvu=0.2, keys=("gamma",), by="fvu") -> list | None:
     """[L0, γ] as `at_fvu`, means over the seeds that reach it, or None."""
-    found = [at_fvu(own, variant, fvu, keys) for own in by_seed(rows, world_name)]
-    found = [values for values in found if values]
+    found = [*filter(None, (at_fvu(own, variant, fvu, keys, by) for own in by_seed(rows, data)))]
     return torch.tensor(found).mean(0).tolist() if found else None
 
 
-def means_over_seeds(rows: list[dict], variants=EVIDENCE) -> list[dict]:
-    """A row for each data set, variant and λ."""
+def means_over_seeds(rows: list[dict], keys=("l0", "fvu", "gamma")) -> list[dict]:
+    """A row for each data set, variant of `EVIDENCE` and λ."""
     groups = {}
-    for row in (row for row in rows if row["variant"] in variants):
+    for row in (row for row in rows if row["variant"] in EVIDENCE):
         groups.setdefault((row["world"], row["variant"], row["l1"]), []).append(row)
     return [
         {"data": data, "variant": variant, "l1": l1}
-        | {key: sum(row[key] for row in own) / len(own) for key in ("l0", "fvu", "gamma")}
+        | {key: sum(row[key] for row in own) / len(own) for key in keys}
         for (data, variant, l1), own in groups.items()
     ]
 
@@ -253,8 +285,7 @@ def as_markdown(rows: list[dict]) -> str:
 
 GREY = "#888888"
 STAR = "M0,-1L.25,-.3L1,-.3L.4,.15L.6,.9L0,.45L-.6,.9L-.4,.15L-1,-.3L-.25,-.3Z"
-# Colour and shape of each variant, the same in every picture: Okabe and Ito's colours, two of
-# them changed to be seen on black as well as on white.
+# Colour and shape of each variant: Okabe and Ito's, two changed to be seen on black and on white.
 PALETTE = {
     "Standard": ("#d55e00", "square"),
     "Standard 1.5x": ("#e69f00", "triangle-up"),
@@ -279,7 +310,8 @@ def shapes(*names: str) -> alt.Scale:
 def curves(rows: list[dict], y: str, title: str, per="row", log=True, legend="top") -> alt.Chart:
     """A column of the rows against L0, a line for each variant."""
     names = list(dict.fromkeys(row["variant"] for row in rows))
-    axis, key = alt.Scale(type="log", nice=False, padding=12), alt.Legend(title=None, orient=legend)
+    axis = alt.Scale(type="log", nice=False, padding=12)
+    key = alt.Legend(title=None, orient=legend, labelLimit=220)
     return (
         alt.Chart(alt.Data(values=[row for row in rows if row["l0"] > 0.1]))
         .mark_line(point=alt.OverlayMarkDef(size=50, filled=True), strokeWidth=2)

@@ -1,4 +1,4 @@
-"""Measure again what this folder holds: python results/rebuild.py [pareto|claims|language]"""
+"""Measure again what this folder holds: python results/rebuild.py [toy|language|claims]"""
 
 import argparse
 import json
@@ -6,20 +6,12 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `results` and the modules it measures
 
-from results import claims, language, pareto
-from results.measure import RESULTS, read
-
-PARTS = {"pareto": pareto, "claims": claims, "language": language}
-
-
-def as_json(name: str, content) -> str:
-    if name == "runs":  # one line a run
-        lines = [json.dumps(row, ensure_ascii=False) for row in content]
-        return "[\n" + ",\n".join(lines) + "\n]\n"
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+from results.claims import PARTS
+from results.measure import RESULTS, read, remembered
 
 
 def filled(text: str, places: dict[str, str]) -> str:
@@ -32,8 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="rebuild.py", description=__doc__)
     add = parser.add_argument
     add("part", nargs="?", choices=PARTS, help="what to measure (default: all)")
-    add("--steps", type=int, default=4000, help="training steps; some take fewer (default: 4000)")
-    add("--seed", type=int, default=0, help="of data and initialisation; claims have five")
+    add("--steps", type=int, default=1500, help="training steps, at most; some take fewer")
     add("--out", type=Path, default=RESULTS, help="a folder (default: this one)")
     add("--shown", action="store_true", help="measure nothing: tables and pictures of the JSON")
     args = parser.parse_args(arguments)
@@ -41,12 +32,23 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--steps is {args.steps}, expected at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     readme = (RESULTS / "README.md").read_text()
+    files = sorted([*RESULTS.glob("*.py"), *RESULTS.parent.glob("*.py")])
+    code = crc32(b"".join(file.read_bytes() for file in files))
     for name in [args.part] if args.part else PARTS:
-        results = {} if args.shown else PARTS[name].measured(args.steps, args.seed)
-        for file, content in results.items():
-            (args.out / f"{file}.json").write_text(as_json(file, content))
-        chart, places = PARTS[name].shown(partial(read, folder=args.out))
-        chart.save(args.out / f"{name}.svg")
+        measured, shown = PARTS[name]
+        here = partial(read, folder=args.out)
+        begun = args.out / f"{name}.begun.jsonl"  # if interrupted, the same code goes on from here
+
+        def remember(made, measure, begun=begun):
+            made |= {"steps": args.steps, "code": code}
+            return remembered(begun, made, lambda: {"rows": list(measure())})["rows"]
+
+        for file, rows in {} if args.shown else measured(args.steps, here, remember).items():
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (args.out / f"{file}.jsonl").write_text("".join(lines))
+            begun.unlink(missing_ok=True)
+        chart, places = shown(here)
+        chart.save(args.out / f"{name}.svg") if chart else None
         readme = filled(readme, places)
         (args.out / "README.md").write_text(readme)
         print(*places.values(), sep="\n\n", end="\n\n")

@@ -1,10 +1,8 @@
 """How an SAE should start: python results/starts.py ACTIVATIONS.npy; goes on where it stopped.
 
-Gated SAEs on centred rows of E‖x‖² = d_in, batch 512. W_enc is so many times W_decᵀ; gates open at
-so many root mean squares of z; what else differs from the defaults is named.
+Gated SAEs, batch 512. W_enc is so many times W_decᵀ; gates open at so many root mean squares of z.
 """
 
-import argparse
 import itertools
 import sys
 import time
@@ -41,18 +39,21 @@ TRIED = {  # factor on W_enc, where gates open, options of the Trainer
 SEARCH = (1024, 1000, 5, None), (1024, 1000, 10, None)
 OTHERS = (768, 500, 6, None), (2048, 500, 6, None), (6144, 1000, 8, None), (4096, 4000, 6, None)
 OTHERS += (3072, 4000, 6, None), (1024, 8000, 6, 3e-4), (768, 20000, 6, None)
-OLD_AND_NEW = [*TRIED][:1] + [*TRIED][3:5]
+OLD_AND_NEW = [[*TRIED][i] for i in (0, 3, 4)]
+KEYS = "tried", "d_sae", "steps", "l1", "lr"
+PLAN = [(t, *size) for t, size in itertools.product(TRIED, SEARCH)]
+PLAN += [(t, *size) for t, size in itertools.product(OLD_AND_NEW, OTHERS)]
 
 
 def run(x, held_out, tried, d_sae, steps, l1, lr=None) -> dict:
     factor, opens_at, options = TRIED[tried]
     lr = options["lr"] / x.shape[1] ** 0.5 if "lr" in options else lr
-    options = options | dict(lr=lr, steps=steps, l1=l1, device="cpu")
     sae, first = GatedSAE(x.shape[1], d_sae), next(epochs(x, 512, 1))
     with torch.no_grad():
         sae.W_enc *= 10 * factor
         start(sae, first)  # again at step 1, where it leaves alone what is not 0
         sae.b_gate *= max(opens_at, 1e-9) / 2
+    options = options | dict(lr=lr, steps=steps, l1=l1, device="cpu")
     trainer, began = Trainer(sae, **options), time.process_time()
     for batch in tqdm(epochs(x, 512, steps), f"{tried} | {d_sae}, λ {l1}", steps):
         trainer.step(batch)
@@ -64,30 +65,23 @@ def run(x, held_out, tried, d_sae, steps, l1, lr=None) -> dict:
 
 def tables(rows: list[dict]) -> dict[str, str]:
     """The search, starts by sizes, and the others, sizes by starts."""
-
-    def cell(tried, size):
-        key = dict(zip(("tried", "d_sae", "steps", "l1", "lr"), (tried, *size), strict=True))
-        row = next(row for row in rows if key.items() <= row.items())
+    cells, names = {}, {}
+    for row in rows:
+        size = tuple(row[key] for key in KEYS[1:])
+        names[size] = "d_sae {}, {} steps, λ {}".format(*size) + f", lr {size[3]}" * bool(size[3])
         dead = f"{100 * row['dead']:.1f} ({100 * row['silent']:.1f}) %"
-        return f"{row['l0']:.2f} / {row['fvu']:.3f} / {dead} / {row['seconds']:.0f} s"
-
-    def name(size):
-        return "d_sae {}, {} steps, λ {}".format(*size) + (f", lr {size[3]}" if size[3] else "")
-
-    search = [{"": t} | {name(size): cell(t, size) for size in SEARCH} for t in TRIED]
-    others = [{"": name(size)} | {t: cell(t, size) for t in OLD_AND_NEW} for size in OTHERS]
+        cell = f"{row['l0']:.2f} / {row['fvu']:.3f} / {dead} / {row['seconds']:.0f} s"
+        cells[row["tried"], size] = cell
+    search = [{"": t} | {names[size]: cells[t, size] for size in SEARCH} for t in TRIED]
+    others = [{"": names[size]} | {t: cells[t, size] for t in OLD_AND_NEW} for size in OTHERS]
     return {"starts": as_markdown(search), "sizes": as_markdown(others)}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("activations", type=Path)
     torch.set_num_threads(1)
-    x, held_out = activations(parser.parse_args().activations)
-    plan = [*itertools.product(TRIED, SEARCH), *itertools.product(OLD_AND_NEW, OTHERS)]
-    rows = []
-    for tried, (d_sae, steps, l1, lr) in plan:
-        made = dict(tried=tried, d_sae=d_sae, steps=steps, l1=l1, lr=lr)
+    (file,), rows = sys.argv[1:], []
+    x, held_out = activations(file)
+    for made in (dict(zip(KEYS, place, strict=True)) for place in PLAN):
         own = partial(run, x, held_out, **made)
         rows.append(remembered(RESULTS / "starts.jsonl", made, own))
     readme = RESULTS / "README.md"

@@ -1,5 +1,5 @@
 """How fast, and how large? `python tests/bench.py [--quick | --cuda]`; with peers, if installed.
-How good? `python tests/bench.py quality ACTIVATIONS.npy`, see `quality` below.
+How good? `python tests/bench.py quality ACTIVATIONS.npy`, `quality synthetic`, `synth`: see below.
 
 Ratios only: each row's competitors take turns within one process. A time is a full training step
 without sampling: loss, backward, and the trainer's own optimiser step (ours: radial projection,
@@ -28,8 +28,17 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gated_sae import KINDS, GatedSAE, Trainer, evaluate, fast_losses, step_on_unit_norm, train
-from results.measure import activations, as_markdown, at_fvu, epochs, remembered
+from gated_sae import (
+    KINDS,
+    GatedSAE,
+    Trainer,
+    evaluate,
+    fast_losses,
+    rescaled,
+    step_on_unit_norm,
+    train,
+)
+from results.measure import activations, as_markdown, at_fvu, epochs, members, remembered, spread
 from toy_data import SuperpositionData
 
 SIZES = ((512, 64, 256, 6), (1024, 128, 1024, 16), (2048, 512, 4096, 32), (2048, 512, 16384, 64))
@@ -242,15 +251,52 @@ def main(quick):
         print(f"12 λ, 64 x 256, batch 512, {steps} steps: SAELens / ours {sweep(steps):.2f}")
 
 
-# -- How good, on real activations -----------------------------------------------------------------
-# Each makes (step(i, x), encode, decode). All warm up in a tenth of the steps, λ too, and let lr
-# fall over the last fifth; else they are as they come. Batch top k keeps its k, at rest as well.
+# -- How good, beside peers ------------------------------------------------------------------------
+# pip install sae-lens==6.54.12; pip install --no-deps dictionary-learning and its imports. Each
+# makes (step(i, x), encode, decode, W_dec), the last a function without arguments. All warm up in a
+# tenth of the steps, λ too, and let lr fall over the last fifth; else they are as they come. Batch
+# top k keeps its k, at rest as well.
+
+
+def synthetic_model(features=768, d_in=128, roots=6):
+    """SAELens's synthetic data: correlated features, in trees of exclusive children, with the law
+    of SynthSAEBench-16k v2 (arXiv 2602.14687), which has 16384, 768, 128."""
+    import sae_lens.synthetic as s
+
+    tree = dict(total_root_nodes=roots, branching_factor=4, max_depth=3)
+    tree |= dict(mutually_exclusive_portion=1.0, mutually_exclusive_min_depth=0)
+    tree |= dict(compensate_probabilities=True, scale_children_by_parent=True)
+    config = s.SyntheticModelConfig(
+        num_features=features,
+        hidden_dim=d_in,
+        firing_probability=s.ZipfianFiringProbabilityConfig(0.5, max_prob=0.4, min_prob=5e-4),
+        hierarchy=s.HierarchyConfig(**tree),
+        mean_firing_magnitudes=s.LinearMagnitudeConfig(start=5.0, end=4.0),
+        std_firing_magnitudes=s.FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
+        correlation=s.LowRankCorrelationConfig(correlation_scale=0.1, rank=25),
+        orthogonalization=s.OrthogonalizationConfig(num_steps=100, lr=3e-4),
+        bias=0.5,
+        seed=42,
+    )
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar
+        return s.SyntheticModel(config, device=DEVICE)
+
+
+def rows_of(data):
+    """x, held_out, and of synthetic data the true directions and what they do in held_out."""
+    if data != "synthetic":
+        return *activations(data), None
+    model = synthetic_model()
+    torch.manual_seed(0)
+    f = torch.cat([model.activation_generator.sample(4000) for _ in range(67)])
+    x, held_out = activations(model.feature_dict(f).detach())
+    return x, held_out, (model.feature_dict.feature_vectors.detach(), f[: len(held_out)].clone())
 
 
 def quality_ours(kind, d_in, d_sae, steps, batch, lr, strength, seed):
     sae = KINDS[kind](d_in, d_sae, generator=torch.Generator().manual_seed(seed))
     trainer = Trainer(sae, l1=strength, steps=steps, lr=lr, device="cpu")
-    return lambda i, x: trainer.step(x), sae.encode, sae.decode
+    return lambda i, x: trainer.step(x), sae.encode, sae.decode, lambda: sae.W_dec
 
 
 def quality_saelens(kind, d_in, d_sae, steps, batch, lr, strength, seed):
@@ -272,7 +318,7 @@ def quality_saelens(kind, d_in, d_sae, steps, batch, lr, strength, seed):
         trainer.step(x)
         trainer.n_training_steps += 1
 
-    return step, sae.encode, sae.decode
+    return step, sae.encode, sae.decode, lambda: sae.W_dec
 
 
 def quality_dictionary_learning(kind, d_in, d_sae, steps, batch, lr, strength, seed):
@@ -283,10 +329,11 @@ def quality_dictionary_learning(kind, d_in, d_sae, steps, batch, lr, strength, s
     at |= dict(decay_start=steps - steps // 5)
     if kind == "BatchTopK":
         peer = BatchTopKTrainer(steps, d_in, d_sae, strength, **at)
-        return peer.update, partial(peer.ae.encode, use_threshold=False), peer.ae.decode
+        encode = partial(peer.ae.encode, use_threshold=False)
+        return peer.update, encode, peer.ae.decode, lambda: peer.ae.decoder.weight.T
     at |= dict(l1_penalty=strength, sparsity_warmup_steps=steps // 10)
     peer = GatedSAETrainer(steps, d_in, d_sae, **at)
-    return peer.update, peer.ae.encode, peer.ae.decode
+    return peer.update, peer.ae.encode, peer.ae.decode, lambda: peer.ae.decoder.weight.T
 
 
 # What is made, and three strengths of it: λ, or k.
@@ -303,55 +350,69 @@ QUALITY = {
         (4, 8, 16),
     ),
 }
-SIZE = dict(d_sae=1024, batch=512, steps=1000, seed=0)
-LRS, LEVELS, POINT = (1e-3, 2e-3, 4e-3, 8e-3), (0.15, 0.2, 0.25), "SAELens gated"
+SIZE = dict(d_sae=1024, batch=512, steps=1000)
+LRS, POINT = (1e-3, 2e-3, 4e-3, 8e-3), "SAELens gated"
+LEVELS = {"synthetic": (0.05, 0.07, 0.1)}  # of FVU; the middle one chooses lr
+levels = lambda rows: LEVELS.get(rows[0]["data"], (0.15, 0.2, 0.25))  # noqa: E731
 
 
 @torch.no_grad()
-def measured(encode, decode, held_out):
-    """L0, FVU, gamma and the share of dead latents of anything that encodes and decodes."""
+def measured(encode, decode, held_out, W_dec=None, truth=None):
+    """L0, FVU, gamma and the share of dead latents of anything that encodes and decodes; and MCC
+    and F1 by SAELens's own measure."""
     fired, error, dot, x_hat_sq = 0, 0, 0, 0
-    for x in held_out.split(1000):
+    if truth:
+        from sae_lens.synthetic import evals
+
+        directions, true_f = truth
+        right = evals.ClassificationMetricsCalculator(W_dec, directions)
+    for i, x in enumerate(held_out.split(1000)):
         f = encode(x)
         x_hat = decode(f).double()
         fired = fired + (f != 0).sum(0)
         error, dot = error + (x - x_hat).square().sum(), dot + (x * x_hat).sum()
         x_hat_sq = x_hat_sq + x_hat.square().sum()
+        right.add_batch(f, true_f.split(1000)[i]) if truth else None
     total = (held_out.double() - held_out.double().mean(0)).square().sum()
     found = dict(l0=fired.sum() / len(held_out), fvu=error / total, gamma=x_hat_sq / dot)
     found["dead"] = (fired == 0).double().mean()
-    return {name: round(value.item(), 5) for name, value in found.items()}
+    found = {name: round(value.item(), 5) for name, value in found.items()}
+    if truth:
+        found["mcc"] = round(float(evals.mean_correlation_coefficient(W_dec, directions)), 4)
+        found["f1"] = round(right.compute().f1_score, 4)
+    return found
 
 
-def quality_run(x, held_out, variant, strength, **size):
+def quality_run(x, held_out, truth, data, variant, strength, **size):
     with contextlib.redirect_stdout(io.StringIO()):
         make = QUALITY[variant][0]
-        step, encode, decode = make(d_in=x.shape[1], strength=strength, **size)
+        step, encode, decode, W_dec = make(d_in=x.shape[1], strength=strength, **size)
     began, steps = time.process_time(), size["steps"]
-    stream = epochs(x, size["batch"], steps, size["seed"])
-    for i, rows in enumerate(
-        tqdm(stream, f"{variant}, {steps} at {size['lr']}, {strength}", steps)
-    ):
+    stream, what = epochs(x, size["batch"], steps, size["seed"]), f"{variant}, lr {size['lr']}"
+    for i, rows in enumerate(tqdm(stream, f"{what}, {strength}, seed {size['seed']}", steps)):
         step(i, rows)
     seconds = round(time.process_time() - began, 1)
-    return measured(encode, decode, held_out) | {"seconds": seconds}
+    return measured(encode, decode, held_out, W_dec(), truth) | {"seconds": seconds}
 
 
 def best_lr(rows):
-    """Where L0 at FVU 0.2 is lowest, on a line through two runs, of log L0 against log FVU."""
+    """Where L0 at equal FVU is lowest, on a line through two runs, of log L0 against log FVU."""
+    fvu = levels(rows)[1]
 
     def l0(lr):
-        a, b = sorted((row for row in rows if row["lr"] == lr), key=lambda row: row["fvu"])[:2]
+        own = [row for row in rows if row["lr"] == lr and row["seed"] == 0]
+        a, b = sorted(own, key=lambda row: row["fvu"])[:2]
         if b["l0"] == 0 or a["fvu"] == b["fvu"]:  # nothing learnt
             return math.inf
         bend = math.log(a["l0"] / b["l0"]) / math.log(b["fvu"] / a["fvu"])
-        return a["l0"] * (a["fvu"] / 0.2) ** bend
+        return a["l0"] * (a["fvu"] / fvu) ** min(4, max(1, bend))  # as fronts are
 
     return min({row["lr"] for row in rows}, key=l0)
 
 
-def quality(file, only, size, store):
-    """L0 at equal FVU on rows (n, d_in) of an .npy file, each competitor at its best of four lr.
+def quality(data, only, size, seeds, store):
+    """L0 at equal FVU on rows (n, d_in) of an .npy file, or synthetic ones, each competitor at its
+    best of four lr, which the first seed chooses.
 
     Same rows in the same order for all, scaled and kept aside as `activations` does. One thread;
     seconds are of CPU: those of the shortest run, of 1, 1/2, 1/4 and 1/8 of the steps, that has no
@@ -359,12 +420,12 @@ def quality(file, only, size, store):
     in `store`: start the command again and it goes on, or with other names in another process.
     """
     torch.set_num_threads(1)
-    x, held_out = activations(file)
-    rows = []
+    (x, held_out, truth), rows = rows_of(data), []
 
-    def run(variant, lr, strength, steps=size["steps"]):
-        made = dict(variant=variant, lr=lr, strength=strength) | size | {"steps": steps}
-        rows.append(remembered(store, made, partial(quality_run, x, held_out, **made)))
+    def run(variant, lr, strength, steps=size["steps"], seed=0):
+        made = dict(data=Path(data).stem, variant=variant, lr=lr, strength=strength, seed=seed)
+        made |= size | {"steps": steps}
+        rows.append(remembered(store, made, partial(quality_run, x, held_out, truth, **made)))
 
     for name in [POINT, *(name for name in only or QUALITY if name != POINT)]:
         try:
@@ -376,6 +437,8 @@ def quality(file, only, size, store):
             continue
         lr, steps = best_lr([row for row in rows if row["variant"] == name]), size["steps"]
         run(name, lr, high)
+        for seed, strength in itertools.product(range(1, seeds), (low, middle, high)):
+            run(name, lr, strength, seed=seed)
         while steps > size["steps"] // 8 and reaches(rows, name, lr, steps):
             steps //= 2
             for strength in (low, middle, high):
@@ -385,14 +448,15 @@ def quality(file, only, size, store):
 
 def reaches(rows, name, lr, steps):
     """The middle one of a competitor's runs of so many steps, if they reach POINT; or None."""
-    point, own = middle_run(rows, POINT), [r for r in rows if r["steps"] == steps and r["lr"] == lr]
+    point = middle_run(rows, POINT)
+    own = [r for r in rows if (r["steps"], r["lr"], r["seed"]) == (steps, lr, 0)]
     at = point and at_fvu(own, name, point["fvu"])
     return middle_run(own, name) if at and at[0] <= point["l0"] + 1e-9 else None
 
 
 def middle_run(rows, name):
-    """Of the longest, at the best lr."""
-    own = [row for row in rows if row["variant"] == name]
+    """Of the longest, at the best lr, with the first seed."""
+    own = [row for row in rows if row["variant"] == name and row["seed"] == 0]
     if not own:
         return None
     own = [row for row in own if row["steps"] == max(row["steps"] for row in own)]
@@ -401,22 +465,65 @@ def middle_run(rows, name):
 
 
 def quality_table(rows):
+    """Means over the seeds ± their standard error."""
     table = []
     for name in [name for name in QUALITY if name in {row["variant"] for row in rows}]:
         middle = middle_run(rows, name)
         lr, most = middle["lr"], middle["steps"]
         own = [r for r in rows if r["variant"] == name and r["steps"] == most and r["lr"] == lr]
+        seeds = [[r for r in own if r["seed"] == seed] for seed in sorted({r["seed"] for r in own})]
+        middles = [row for row in own if row["strength"] == middle["strength"]]
         line = {"": name, "lr": lr}
-        for level in LEVELS:
-            found = at_fvu(own, name, level)
-            line[f"L0 at FVU {level:g}"] = f"{found[0]:.2f}" if found else "-"
-        line |= {"gamma": f"{middle['gamma']:.2f}", "dead": f"{100 * middle['dead']:.1f} %"}
-        all_ = [reaches(rows, name, lr, steps) for steps in (most // 8, most // 4, most // 2, most)]
-        first = next(filter(None, all_), None)
+        for level in levels(rows):
+            found = [at[0] for at in (at_fvu(own, name, level) for own in seeds) if at]
+            line[f"L0 at FVU {level:g}"] = shown(found, 3) if len(found) == len(seeds) else "-"
+        line |= {"gamma": shown([row["gamma"] for row in middles], 3)}
+        line |= {"dead": shown([100 * row["dead"] for row in middles], 2) + " %"}
+        for key in ("mcc", "f1"):
+            if key in middle:
+                found = [at_fvu(own, name, levels(rows)[1], (key,)) for own in seeds]
+                value = shown([at[1] for at in found], 2) if all(found) else "-"
+                line[f"{key.upper()} at {levels(rows)[1]:g}"] = value
+        shares = (reaches(rows, name, lr, most // n) for n in (8, 4, 2, 1))
+        first = next(filter(None, shares), None)
         line |= {"CPU s": f"{middle['seconds']:.0f}"}
         line |= {f"to {POINT}'s": f"{first['seconds']:.0f}" if first else "-"}
         table.append(line)
     return as_markdown(table)
+
+
+def shown(values, digits):
+    mean, se = spread(values).values()
+    return f"{mean:.{digits}g}" + (f" ± {se:.1g}" if se else "")
+
+
+def synth(samples, targets, shape=(16384, 768, 128), d_sae=4096, batch=1024, steer=200):
+    """The Gated row that SynthSAEBench-16k (arXiv 2602.14687, v2) lacks: one SAE for each L0 to
+    reach, on SAELens's own samples, by its own scores. λ follows L0 from a fifth of the run on.
+    An hour or two of one large GPU for 200e6 samples; SAELens's sampler is most of it."""
+    from sae_lens.synthetic import eval_sae_on_synthetic_data
+
+    model, d_in, steps = synthetic_model(*shape), shape[1], int(samples) // batch
+    torch.manual_seed(1000)
+    with torch.no_grad():
+        c = (d_in / model.sample(16 * batch).var(0).sum()).item() ** 0.5
+    sae = GatedSAE(d_in, d_sae, stack=len(targets), device=DEVICE)
+    trainer = Trainer(sae, l1=[2.0] * len(targets), steps=steps, device=DEVICE)
+    goal = torch.tensor(targets, device=DEVICE)
+    for step in tqdm(range(steps), "SynthSAEBench", mininterval=10):
+        with torch.no_grad():
+            x = c * model.sample(batch)
+        trainer.step(x)
+        if step % steer == 0 and step > steps // 5:
+            with torch.no_grad():
+                l0 = (sae.encode(x) > 0).sum(-1).float().mean(-1)
+            trainer.l1 *= (l0.clamp_min(1) / goal).pow(0.1)
+    for member, target in zip(members(sae), targets, strict=True):
+        found = rescaled(member.to(DEVICE), 1 / c).requires_grad_(False)
+        of = model.feature_dict, model.activation_generator
+        scores = eval_sae_on_synthetic_data(found, *of, num_samples=300_000, batch_size=4096)
+        f1, line = scores.classification.f1_score, f"L0 {scores.sae_l0:.2f} (to be {target:g})"
+        print(f"{line}: F1 {f1:.3f}, MCC {scores.mcc:.3f}, dead {scores.dead_latents}")
 
 
 if __name__ == "__main__":
@@ -425,16 +532,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cuda", action="store_true")
-    parser.add_argument("what", nargs="*", help="quality FILE.npy [NAME ...]")
-    for name, value in SIZE.items():
+    parser.add_argument("what", nargs="*", help="quality FILE.npy|synthetic [NAME ...], synth")
+    for name, value in (SIZE | {"seeds": 1}).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="quality")
+    parser.add_argument("--samples", type=float, default=200e6, help="synth")
     parser.add_argument("--store", type=Path, help="of quality: default FILE.npy.quality.jsonl")
     args = parser.parse_args()
     if args.what[:1] == ["quality"] and len(args.what) > 1:
-        size, file = {name: getattr(args, name) for name in SIZE}, args.what[1]
-        store = args.store or Path(f"{file}.quality.jsonl")
-        quality(file, args.what[2:], size, store)
+        size, data = {name: getattr(args, name) for name in SIZE}, args.what[1]
+        store = args.store or Path(f"{data}.quality.jsonl")
+        quality(data, args.what[2:], size, args.seeds, store)
+    elif args.what == ["synth"]:
+        synth(args.samples, [20.0, 25.0])
     elif args.what:
-        parser.error(f"got {args.what}, expected nothing, or quality FILE.npy [NAME ...]")
+        parser.error(f"got {args.what}, expected quality FILE.npy|synthetic [NAME ...], or synth")
     else:
         on_cuda() if args.cuda else main(args.quick)

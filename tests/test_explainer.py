@@ -10,7 +10,7 @@ import torch
 
 import explainer
 import gated_sae
-from results import measure, pareto
+from results import claims, measure
 
 ROOT = Path(__file__).parent.parent
 RUNS, CLAIMS = measure.read("runs"), measure.read("claims")
@@ -30,7 +30,7 @@ def test_every_cell_runs_for_any_number_of_features(n, says):
     for number in range(1, 13):
         assert f"{number} · " in shown
     assert shown.count("Predict first.") == 12
-    assert pareto.verdict(definitions["saved"]["table"])[:40] in shown
+    assert claims.verdict([*RUNS, *measure.read("language")])[:40] in shown
     for words in (f"{says} features", f"{says} true directions", f"{says} gate biases"):
         assert words in shown.lower(), words
     assert shown.count("four ") >= 4 if n == 4 else "four" not in shown.lower()
@@ -154,7 +154,7 @@ SENTENCES = [
     (("recovered", in_language(0.95, 3.0)), "the 3 SAEs is **not the same** under both"),
     (("recovered", in_language(0.95, 4.0)), "the **zero** is the worse"),
 ]
-MEASURED = {row["id"]: row["measured"] for row in CLAIMS}
+MEASURED = {row["id"]: row["measured"].get("toy data") for row in CLAIMS}
 for name in measure.WORLDS:
     ratio = MEASURED["D4"][f"L0 Standard / Gated, {name}"]["mean"]
     wide = MEASURED["A9"][f"L0 Standard 1.5x / Gated, {name}"]["mean"]
@@ -217,9 +217,21 @@ def test_sentence_on_the_jump(theta, z):
 
 
 def test_sentence_on_the_claims():
-    sentence = explainer.claims_sentence(CLAIMS)
-    lists = {v: explainer.claims_list(CLAIMS, v) for v in {row["verdict"] for row in CLAIMS}}
-    assert f"Of {len(CLAIMS)} claims, **{lists['agrees'].count('- **')}** agree" in sentence
-    for row in CLAIMS:
-        assert (row["id"] in sentence) == (row["verdict"] != "agrees")
-        assert f"- **{row['id']}** {row['claim']}" in lists[row["verdict"]]
+    halves = explainer.claims_sentence(CLAIMS).split("; ")
+    for half, kind in zip(halves, ("toy data", "language model"), strict=True):
+        own = {row["id"]: row["verdict"][kind] for row in CLAIMS if kind in row["verdict"]}
+        agree = list(own.values()).count("agrees")
+        assert f"f {len(own)} claims measured on" in half
+        assert f"{kind}, **{agree}** agree" in half
+        for number, verdict in own.items():
+            assert (number in half) == (verdict == "disagrees")
+            assert f"- **{number}** " in explainer.claims_list(CLAIMS, kind, verdict)
+
+
+def test_sentence_on_the_language_model():
+    sentence = explainer.language_sentence(measure.read("language"))
+    found = {row["id"]: row["measured"].get("language model") for row in CLAIMS}
+    name = "L0 {} / Gated{}, language model"
+    for number, kind in (("D4", "Standard"), ("A9", "Standard 1.5x")):
+        for what in ("", ", equal CE"):
+            assert f"{found[number][name.format(kind, what)]['mean']:.2f}" in sentence

@@ -9,7 +9,7 @@ import torch
 from gated_sae import StandardSAE, harvest, loss_recovered, splice
 from results import language, measure
 
-SAVED = measure.read("language")
+SAVED = {name: measure.read(name) for name in ("language", "models", "smaller")}
 READ, HELD_OUT = language.english()
 IDS = HELD_OUT[:2048].view(-1, 128)
 
@@ -38,17 +38,6 @@ def test_stretches_are_consecutive_and_start_anywhere():
     assert (rows.diff(dim=1) == 1).all()
     assert set(rows[:, 0].tolist()) == set(range(7))
     assert not torch.equal(rows[:5], next(other))
-
-
-def test_guessing_knows_what_follows_only_by_pairs():
-    """abcabc…: single bytes cost log 3, pairs next to nothing; bytes drawn evenly cost log 256."""
-    text = torch.tensor([97, 98, 99]).repeat(50_000)
-    guessed = language.guessing(text, text[:1000])
-    assert guessed["unigram"] == pytest.approx(math.log(3), abs=0.01)
-    assert 0 < guessed["bigram"] < 0.01
-    even = torch.randint(256, (100_000,), generator=torch.Generator().manual_seed(0))
-    unigram = language.guessing(even[:-1000], even[-1000:])["unigram"]
-    assert unigram == pytest.approx(math.log(256), abs=0.02)
 
 
 # -- The model -------------------------------------------------------------------------------------
@@ -102,84 +91,74 @@ def test_an_sae_that_reproduces_the_mlp_costs_nothing(model):
     assert spliced(sae) == pytest.approx(zero, abs=1e-6) != pytest.approx(clean, abs=1e-3)
 
 
-# -- The experiment --------------------------------------------------------------------------------
+def test_a_smaller_model_is_narrower_and_reads_less():
+    model = language.trained_model(READ, 2, d_model=16)
+    assert model(IDS[:1]).shape == (1, 128, 256)
+    assert sum(p.numel() for p in model.parameters()) == SAVED["smaller"][0]["parameters"]
+
+
+# -- What SAEs see of it, and what is committed ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def found():
-    """As committed, in small: few steps, two λ, narrow SAEs, little text held out."""
+def source():
+    """Two models that have read next to nothing, and little text."""
     with pytest.MonkeyPatch.context() as patched:
-        small = {k: r._replace(d_sae=r.d_sae // 32) for k, r in language.SPLICED.items()}
-        patched.setattr(language, "SPLICED", small)
-        patched.setattr(language, "english", lambda: (READ, HELD_OUT[:2100]))
-        found = language.experiment(40, 5, n_l1=2)
-    assert len({row["ce"] for row in found["table"]} | {found["ce"]["zero"]}) == 7
-    return found
+        patched.setattr(language, "english", lambda: (READ[:50_000], HELD_OUT[:2100]))
+        return language.Model(seeds=2, steps=40)
 
 
-def test_the_committed_results_are_of_this_experiment(found):
-    """Its model beats guessing by far; more penalty is fewer latents and a worse CE."""
-    assert set(SAVED) == set(found)
-    assert set(SAVED["ce"]) == set(found["ce"])
-    assert all(set(row) == set(found["table"][0]) for row in SAVED["table"] + found["table"])
-    for name, recipe in language.SPLICED.items():
-        own = [row for row in SAVED["table"] if row["variant"] == name]
-        assert {row["d_sae"] for row in own} == {recipe.d_sae}
-        assert (own[0]["l1"], own[-1]["l1"]) == recipe.span
+def test_rows_are_of_each_model_and_of_variance_d_in(source):
+    x = next(source.stream(0, batch=64, copies=(3,)))
+    assert x.shape == (2, 3, 64, 128)
+    assert torch.equal(x[:, 0], x[:, 2])
+    assert not torch.equal(x[0], x[1])
+    for rows, c in zip(*source.scaled, strict=True):
+        assert len(rows) == 50_000 // 128 * 128
+        assert rows.var(0).sum().item() == pytest.approx(128)
+        assert c > 0
+    held_out = torch.cat(list(source.held_out((3,))), 2)
+    assert held_out.shape == (2, 3, 2048, 128)
+    (x,) = harvest(source.models[1], source.models[1].mlp, [HELD_OUT[:2048].view(-1, 128)])
+    torch.testing.assert_close(held_out[1, 2], source.scaled[1][1] * x)
+
+
+def test_scores_stand_between_x_and_its_mean(source):
+    """A spliced SAE that gives back c x loses nothing, one that gives E x all there is to lose."""
+    eye, sae = torch.eye(128), StandardSAE(128, 256)
+    sae.W_enc.data, sae.W_dec.data = torch.cat([eye, -eye], 1), torch.cat([eye, -eye])
+    for seed, ce in enumerate(source.ce):
+        assert source.scores(sae, seed)["lost"] == pytest.approx(0, abs=1e-3)
+        mean = StandardSAE(128, 1)
+        (
+            mean.b_enc.data.fill_(-1e9),
+            mean.b_dec.data.copy_(source.scaled[1][seed] * source.x[seed].mean(0)),
+        )
+        scores = source.scores(mean, seed)
+        assert (scores["lost"], scores["ce"]) == pytest.approx((1, ce["mean"]), abs=1e-3)
+
+
+def test_smaller_models_are_worse_by_a_falling_curve():
+    """D2: as committed, the same sizes for each seed, over a factor of compute of 30 at least."""
+    for seed in {row["seed"] for row in SAVED["models"]}:
+        rows = [row for row in SAVED["smaller"] if row["seed"] == seed]
+        assert [row["d_model"] for row in rows] == [*language.SIZES, 128]
+        assert rows[-1]["compute"] > 30 * rows[0]["compute"]
+        assert all(row["compute"] == 6 * row["parameters"] * row["bytes"] for row in rows)
+        assert all(a["ce"] > b["ce"] for a, b in itertools.pairwise(rows))
+        assert rows[-1]["ce"] == SAVED["models"][seed]["clean"]
+
+
+def test_more_penalty_is_fewer_latents_and_a_worse_ce_as_committed():
+    ce = {row["seed"]: row for row in SAVED["models"]}
+    for variant, seed in itertools.product(("Standard", "Standard 1.5x", "Gated"), ce):
+        at = (variant, seed)
+        own = [row for row in SAVED["language"] if (row["variant"], row["seed"]) == at]
+        assert len(own) >= 4
         for less, more in itertools.pairwise(own):
+            assert less["l1"] < more["l1"]
             assert less["l0"] > more["l0"]
             assert less["ce"] < more["ce"]
-    assert {row["variant"] for row in SAVED["table"]} == set(language.SPLICED)
-    assert (measure.RESULTS / "language.svg").read_text().startswith("<svg")
-    ce = SAVED["ce"]
-    assert ce["clean"] < 0.7 * ce["bigram"] < 0.7 * ce["unigram"] < 0.7 * math.log(256)
-
-
-def test_loss_recovered_follows_from_the_ce_beside_it(found):
-    for measured, ablated in itertools.product((SAVED, found), ("zero", "mean")):
-        clean, worst = (measured["ce"][key] for key in ("clean", ablated))
-        assert clean < worst
-        for row in measured["table"]:
-            expected = (worst - row["ce"]) / (worst - clean)
-            assert row[f"recovered_{ablated}"] == pytest.approx(expected, abs=1e-3)
-
-
-# -- What is said of it ----------------------------------------------------------------------------
-
-
-def made_up(*factors):
-    """CE = clean + c / L0, a c for each kind: so every interpolation has a known answer."""
-    table = [
-        {"variant": v, "l1": added, "l0": c / added, "gamma": 1.0, "fvu": 0.5, "ce": 1 + added}
-        for v, c in zip(("Standard", "Gated", "Standard 1.5x"), factors, strict=False)
-        for added in (0.01, 0.03, 0.3)
-    ]
-    return {"ce": {"clean": 1.0, "zero": 3.0, "mean": 2.0}, "table": table}
-
-
-def test_the_comparison_is_at_equal_ce():
-    rows = language.comparison(made_up(2.0, 1.0, 1.5))
-    assert [row["recovered, mean"] for row in rows] == [0.8, 0.9, 0.95, 0.98]
-    for row in rows:
-        allowed = 1 - row["recovered, mean"]
-        assert (row["CE"], row["recovered, zero"]) == pytest.approx((1 + allowed, 1 - allowed / 2))
-        assert row["L0 Gated"] == pytest.approx(1 / allowed, abs=0.01)
-        assert (row["γ Gated"], row["FVU Standard"]) == (1.0, 0.5)
-        assert (row["Standard / Gated"], row["Standard 1.5x / Gated"]) == (2.0, 1.5)
-    assert language.comparison(made_up(1.0, 2.0)) == []  # there is no third kind
-
-
-@pytest.mark.parametrize(
-    ("factors", "last", "said"),
-    [
-        ((2.0, 1.0, 1.5), 1, "Standard has 2.00 to 2.00 times its L0 (Gated is ahead)"),
-        ((1.0, 2.0, 1.5), 1, "Standard has 0.50 to 0.50 times its L0 (Gated is behind)"),
-        ((2.0, 1.0, 1.5), 1 / 4, "0.64 to 2.00 times its L0 (neither is ahead at every level)"),
-        ((1.0, 2.0), 1, "cannot be compared"),
-    ],
-)
-def test_the_sentence_says_who_is_ahead(factors, last, said):
-    """In the fifth row Standard is ahead where CE rises by 0.3, not where by 0.01 to 0.03."""
-    measured = made_up(*factors)
-    measured["table"][2]["l0"] *= last
-    assert said in language.verdict(measured)
+        for row in own:
+            lost = (row["ce"] - ce[seed]["clean"]) / (ce[seed]["mean"] - ce[seed]["clean"])
+            assert row["lost"] == pytest.approx(lost, abs=1e-3)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gated_sae
-from results import measure, pareto
+from results import claims, measure
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -102,6 +102,7 @@ def test_the_two_commands_stand_alone_on_their_lines():
 
 
 def test_the_result_is_the_one_computed_and_links_and_pictures_exist():
-    assert pareto.verdict(measure.read("pareto")["table"]) in " ".join(README.split())
+    runs = [*measure.read("runs"), *measure.read("language")]
+    assert claims.verdict(runs) in " ".join(README.split())
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
