@@ -730,7 +730,7 @@ class Trainer:
     device: torch.device | str | None = None  # None: where it is, but from CPU to an accelerator
     default_losses = staticmethod(lambda sae, x: sae.losses(x))  # section 12 has another
     # Not under a penalty on norms, which keeps them in bounds by itself.
-    unit_norm = property(lambda t: t.sae.W_dec.requires_grad and t.sae.penalty[:4] != "norm")
+    unit_norm = property(lambda t: t.sae.W_dec.requires_grad and t.sae.penalty[:5] != "norm_")
 
     def __post_init__(self):
         sae, every, device = unwrapped(self.sae), self.resample_every, self.device
@@ -871,11 +871,11 @@ def harvest(
         expect(fits, f"input {number}: {shapes}, expected (batch, tokens), (batch, tokens, ..., d)")
         late = (mask.bool().cumsum(-1) > skip) & mask.bool()
         x = x[late].flatten(0, -2).detach()
-        norm = x.float().norm(dim=-1)
-        long = norm > most * norm.median()
+        long = (norm := x.float().norm(dim=-1)) > most * norm.median()
         if left_out is not None:
             left_out.update(first=int((mask.bool() ^ late).sum()), long=int(long.sum()))
-        yield x[~long]
+        if not long.all():  # of a text shorter than `skip` nothing is left
+            yield x[~long]
 
 
 def hidden(module: nn.Module, output) -> Tensor:

@@ -21,12 +21,12 @@ from gated_sae import (
     fast_losses,
 )
 
-PENALTIES["log2"] = lambda f, norm: (2 * f).log1p()
+PENALTIES["normalized log"] = lambda f, norm: (2 * f).log1p()
 
 # Every variant and objective, as constructors of (d_in, d_sae, **options).
 VARIANTS = {
     "standard": StandardSAE,
-    "standard log": partial(StandardSAE, penalty="log2"),
+    "standard log": partial(StandardSAE, penalty="normalized log"),
     "standard norm": partial(StandardSAE, penalty="norm_live"),
     "gated": GatedSAE,
     "gated unfrozen": partial(GatedSAE, aux="unfrozen"),
@@ -45,7 +45,7 @@ SCALING = [name for name in VARIANTS if name not in ("gated sigmoid", "soft cuto
 
 def unit_norm(sae):
     """Whether training keeps rows of W_dec at norm 1."""
-    return sae.W_dec.requires_grad and not sae.penalty.startswith("norm")
+    return sae.W_dec.requires_grad and not sae.penalty.startswith("norm_")
 
 
 assert_equal = torch.testing.assert_close  # tensors, dicts or tuples of them, to their rounding

@@ -127,6 +127,7 @@ def test_first_tokens_and_long_rows_can_be_left_out_and_are_counted():
     (found,) = harvest([dict(x=x, attention_mask=mask)], skip=2, left_out=left_out)
     assert_equal(found, torch.cat([x[0, 4:], x[1, 2:]]), rtol=0, atol=0)
     assert left_out == Counter(first=5, long=0)
+    assert not list(harvest([dict(x=x[2:], attention_mask=mask[2:])], skip=1))
     rows = random_batch(500, 4, seed=1)
     rows[[7, 300]] *= 1000
     kept = torch.cat([rows[:7], rows[8:300], rows[301:]])

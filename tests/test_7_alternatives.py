@@ -81,7 +81,7 @@ def test_penalties_and_their_slopes_are_the_formulas(size, seed):
     formulas = {
         "l1": lambda f, norm: (f, 1),
         "log": lambda f, norm: (math.log(1 + f), 1 / (1 + f)),
-        "log2": lambda f, norm: (math.log(1 + 2 * f), 2 / (1 + 2 * f)),  # which the tests added
+        "normalized log": lambda f, norm: (math.log(1 + 2 * f), 2 / (1 + 2 * f)),  # of the tests
         "norm_live": lambda f, norm: (f * norm, norm),
         "norm_frozen": lambda f, norm: (f * norm, norm),
     }
@@ -95,7 +95,7 @@ def test_penalties_and_their_slopes_are_the_formulas(size, seed):
         assert_equal(charge.detach(), expected[..., 0])
         assert_equal(torch.autograd.grad(charge.sum(), f)[0], expected[..., 1])
         paid, dodged = pay(name, f, W_dec), pay(name, f / c, c.mT * W_dec)
-        assert torch.allclose(paid, dodged, rtol=1e-7, atol=1e-7) == name.startswith("norm")
+        assert torch.allclose(paid, dodged, rtol=1e-7, atol=1e-7) == name.startswith("norm_")
 
 
 @given(st.sampled_from([*CHARGED, "soft cutoff"]), sizes, seeds, penalties)
