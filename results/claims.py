@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
+from pathlib import Path
 
 import altair as alt
 import numpy as np
@@ -47,20 +48,28 @@ def compute_multiple(compute, loss, ce_sae: float, ce_clean: float) -> float:
     return (ce_sae / ce_clean) ** (1 / slope)  # C(L) = (L / eᵃ)^(1/slope), and a cancels
 
 
+def between_sizes(compute, loss, ce_sae: float, ce_clean: float) -> float:
+    """As `compute_multiple`, off straight lines between neighbours in log L and log C."""
+    loss, compute = zip(*sorted(zip(np.log(loss), np.log(compute), strict=True)), strict=True)
+    worse, clean = np.interp(np.log([ce_sae, ce_clean]), loss, compute)
+    return float(np.exp(worse - clean))
+
+
 unfrozen, without = {"aux": "unfrozen"}, {"aux": None}
 as_it_dies = {"resample_every": None}  # or what a loss without aux kills would be revived
-gated_sae.PENALTIES["log 4"] = lambda f, norm: (4 * f).log1p()
+WIDE = (0.2, 2.4)
 ABLATIONS = {
-    "log penalty, a = 4": Recipe(StandardSAE, (0.06, 0.5), {"penalty": "log 4"}),
-    "aux unfrozen": Recipe(GatedSAE, LOW, unfrozen),
+    "log penalty, a = 4": Recipe(StandardSAE, (0.06, 0.5), measure.log_penalty(4)),
+    "aux unfrozen": Recipe(GatedSAE, WIDE, unfrozen),
     "without aux": Recipe(GatedSAE, HIGH, without, schedule=as_it_dies),
+    "untied, without aux": Recipe(GatedSAE, HIGH, without | {"tied": False}, schedule=as_it_dies),
     "without r_mag": Recipe(GatedSAE, HIGH, prepare=lambda sae, _: sae.r_mag.requires_grad_(False)),
     "untied": Recipe(GatedSAE, HIGH, {"tied": False}),
     "sigmoid gate, without aux": Recipe(SigmoidGatedSAE, LOW, without, schedule=as_it_dies),
     "norms frozen, aux frozen": Recipe(GatedSAE, HIGH, {"penalty": "norm_frozen"}),
-    "norms live, aux unfrozen": Recipe(GatedSAE, LOW, unfrozen | {"penalty": "norm_live"}),
+    "norms live, aux unfrozen": Recipe(GatedSAE, WIDE, unfrozen | {"penalty": "norm_live"}),
     "norms live, aux frozen": Recipe(GatedSAE, HIGH, {"penalty": "norm_live"}),
-    "norms frozen, aux unfrozen": Recipe(GatedSAE, LOW, unfrozen | {"penalty": "norm_frozen"}),
+    "norms frozen, aux unfrozen": Recipe(GatedSAE, WIDE, unfrozen | {"penalty": "norm_frozen"}),
     "encoder drawn apart": Recipe(
         GatedSAE, HIGH, prepare=lambda sae, g: sae.W_enc.data.normal_(0, 0.1 / 32**0.5, generator=g)
     ),
@@ -69,8 +78,9 @@ ABLATIONS = {
 TOY, LANGUAGE = "toy data", "language model"
 RUNS = [*itertools.product(WORLDS[:1], EVIDENCE | ABLATIONS)]
 RUNS += itertools.product(WORLDS[1:], EVIDENCE)
-IN_LANGUAGE = [*EVIDENCE, "aux unfrozen", "without aux", "without r_mag", "untied"]
-IN_LANGUAGE += ["sigmoid gate, without aux", "norms live, aux unfrozen", "norms frozen, aux frozen"]
+IN_LANGUAGE = [*EVIDENCE, "aux unfrozen", "without r_mag", "untied", "without aux"]
+IN_LANGUAGE += ["untied, without aux", "sigmoid gate, without aux"]
+IN_LANGUAGE += ["norms live, aux unfrozen", "norms frozen, aux frozen"]
 PAIR = "one Standard (λ 0.4) and one Gated (λ 0.9) SAE a seed, plain world, float64"
 SWEEP = "sweep over λ; L0 at equal FVU, and in the language model at equal CE, beside Gated's"
 per_seed = partial(torch.as_tensor, dtype=torch.float64)
@@ -80,13 +90,18 @@ def largest(t: Tensor) -> Tensor:
     return t.abs().flatten(1).amax(1)
 
 
-def above(bound: float) -> Callable:
-    """The mean is, by two standard errors."""
-    return lambda values: (v := spread(values))["mean"] - 2 * v["se"] > bound
+def above(bound: float, by=2) -> Callable:
+    """The mean is, by two standard errors; by -2, it is not shown to be below."""
+    return lambda values: (v := spread(values))["mean"] - by * v["se"] > bound
 
 
 def below(bound: float) -> Callable:
     return lambda values: (v := spread(values))["mean"] + 2 * v["se"] < bound
+
+
+def about(bound: float) -> Callable:
+    """Within a factor of 1.5."""
+    return lambda values: above(bound / 1.5)(values) and below(1.5 * bound)(values)
 
 
 def near(bound: float, within: float) -> Callable:
@@ -96,8 +111,8 @@ def near(bound: float, within: float) -> Callable:
 
 def run(source, data: str, variant: str, steps: int, seeds: int, n_l1: int) -> Iterator[dict]:
     """A row for each seed and λ of one variant on one kind of data, trained as one stack."""
-    recipe, shares = (EVIDENCE | ABLATIONS)[variant], []
-    l1s = [round(l1, 4) for l1 in recipe.strengths(n_l1, source.size).tolist()]
+    recipe, shares = (EVIDENCE | ABLATIONS)[variant].at(source.size), []
+    l1s = [round(l1, 4) for l1 in recipe.strengths(n_l1).tolist()]
     l1, copies = torch.tensor(l1s).expand(seeds, n_l1), (n_l1,)
     stream = partial(source.stream, copies=copies)
     held_out = list(source.held_out(copies))
@@ -138,12 +153,18 @@ class Claims:
     m = cached_property(lambda self: moments(self.x, self.standard(self.x).detach()))
     n = cached_property(lambda self: moments(self.x, self.gated(self.x).detach()))
 
-    def ratios(self, data: str, variant: str, *criteria, other="Gated") -> Iterator[tuple]:
+    def ratios(self, data: str, variant: str, *criteria, other="Gated", judge="") -> Iterator:
         """L0 at equal FVU, per seed, and of the language model at equal CE as well."""
         for by, what in {"fvu": "", "lost": ", equal CE"}.items():
             if by == "fvu" or data == LANGUAGE:
                 found = measure.l0_ratios(self.runs, variant, other, data, by)
-                yield f"L0 {variant} / {other}{what}", found, *criteria
+                yield f"L0 {variant} / {other}{what}", found, *(criteria if judge in what else ())
+
+    def at_fvu(self, variant: str, key="gamma", data="plain") -> Tensor:
+        """At FVU 0.2, per seed."""
+        own = measure.by_seed(self.runs, data)
+        found = [measure.at_fvu(rows, variant, 0.2, (key,)) for rows in own]
+        return per_seed([at[1] for at in found] if all(found) else [])
 
     def mean(self, variant: str, key="gamma", data="plain") -> Tensor:
         return per_seed(measure.means(self.runs, variant, data, key))
@@ -165,7 +186,7 @@ class Claims:
                 values = per_seed(values).detach()
                 holds += [bool(holds_of(values)) for holds_of in criteria]
                 shown |= {name: values} if len(values) and name[0] != "(" else {}
-            row["seeds"][kind] = max(map(len, shown.values()), default=0)
+            row["seeds"][kind] = min(map(len, shown.values()), default=0)
             row["measured"][kind] = {name: spread(values) for name, values in shown.items()}
             row["verdict"][kind] = "agrees" if all(holds) else "disagrees"
         return row
@@ -226,11 +247,11 @@ class Claims:
 
     def G2(self, on="smallest λ of the sweep; gradients: " + PAIR, data="plain"):
         """without L_aux the gradient on b_gate is never negative, and the gates close"""
-        end = partial(self.at_end, key="l0", end=min, data=data)
-        without, aux = end("without aux"), end("Gated")
-        yield "L0 without aux", without
-        yield "L0 with aux, same λ", aux
-        yield "(one over the other)", aux / without.clamp_min(1e-9), above(10)
+        end = partial(self.at_end, end=min, data=data)
+        for variant in ("without aux", "untied, without aux"):
+            yield f"L0 {variant}", end(variant, "l0"), below(0.1)
+            yield f"FVU {variant}", end(variant, "fvu"), above(0.9)
+        yield "L0 with aux, same λ", end("Gated", "l0"), above(1)
         if data == "plain":
             wrong = sae_with(self.gated.state_dict(), aux=None)
             grad = measure.gradient(wrong, wrong.losses(self.x).total(0.9).sum(), "b_gate").amin(-1)
@@ -269,7 +290,7 @@ class Claims:
         """freezing helps, r_mag helps, untying does not"""
         yield from self.ratios(data, "aux unfrozen", above(1))
         yield from self.ratios(data, "without r_mag", above(1))
-        yield from self.ratios(data, "untied", lambda values: not below(1)(values))
+        yield from self.ratios(data, "untied", above(1, by=-2))
         for variant in ("aux unfrozen", "norms live, aux unfrozen"):
             along, across = (self.mean(variant, key, data) for key in ("along", "across"))
             yield f"of L_aux's gradient on W_dec, along the d_i, {variant}", along
@@ -300,23 +321,30 @@ class Claims:
         yield from self.ratios(data, "natural b_mag", above(1), other="rescale & shift")
         yield "γ", self.mean("natural b_mag", data=data)
 
-    def A3(self, on="sweep over λ, a = 1; γ where 60% to 95% is explained", data="plain"):
+    def A3(self, on="sweep over λ, a = 1 / size of coefficients; γ at FVU 0.2", data="plain"):
         """log(1 + a f) in place of L1 lessens shrinkage of the Standard SAE"""
-        log, standard = (self.mean(v, data=data) for v in ("log penalty", "Standard"))
+        log, standard = (self.at_fvu(v, data=data) for v in ("log penalty", "Standard"))
         yield "γ, log penalty", log
         yield "γ, Standard", standard
         yield "(their difference)", log - standard, above(0)
         yield from self.ratios(data, "log penalty", other="Standard")
         if data == "plain":
-            yield "γ, a = 4", self.mean("log penalty, a = 4")
+            yield "γ, log penalty, a = 4", self.at_fvu("log penalty, a = 4")
             yield from self.ratios(data, "log penalty, a = 4", other="Standard")
 
-    def A4(self, on="trained at s = 0.1, measured at its limit s → 0", data="plain"):
+    def A4(self, on="trained at s = 0.1 x size, measured at s → 0; " + PAIR, data="plain"):
         """the soft cutoff trains, and becomes a JumpReLU as s falls"""
         yield from self.ratios(data, "soft cutoff", len, other="Standard")
         yield from self.ratios(data, "soft cutoff")
         yield "γ", self.mean("soft cutoff", data=data)
         yield "(FVU at the smallest λ)", self.at_end("soft cutoff", "fvu", min, data), below(0.2)
+        if data == "plain":
+            sae = gated_sae.to_jumprelu(self.gated)
+            pi, t = sae.project(self.x) + gated_sae.as_row(sae.b_enc), -sae.threshold
+            for s in (1e-1, 1e-3, 1e-5):
+                off = gated_sae.soft_cutoff(pi, gated_sae.as_row(t), s) - sae.encode(self.x)
+                yield f"mean distance to the JumpReLU at s = {s:g}", off.abs().mean((1, 2))
+            yield "(of the last)", off.abs().mean((1, 2)), below(1e-4)
 
     def A5(self, on=SWEEP + "; norms at the smallest λ"):
         """decoder-norm penalty: freeze in both or neither; in one only is worse"""
@@ -325,8 +353,8 @@ class Claims:
         for variant, *criteria in (both,), (neither,), (only_aux, below(0.5)), (only_norms,):
             yield from self.ratios("plain", variant)
             yield f"mean norm, {variant}", self.at_end(variant, "norm", min), *criteria
-        for variant in (only_aux, only_norms):
-            yield from self.ratios("plain", variant, above(1), other=neither)
+        for variant, other in itertools.product((only_aux, only_norms), (both, neither)):
+            yield from self.ratios("plain", variant, above(1), other=other)
 
     def A6(self, on=SWEEP):
         """W_enc starting as W_dec transposed, and warming λ up, help"""
@@ -363,11 +391,7 @@ class Claims:
             for what, *found in self.ratios(name, "Standard 1.5x", above(1)):
                 yield f"{what}, {name}", *found
 
-    def D1(
-        self,
-        on="a softmax head of 50 classes reads x, or the model, at L0 8; " + PAIR,
-        data="plain",
-    ):
+    def D1(self, on="50 classes to tell; the model, at L0 8; " + PAIR, data="plain"):
         """zero ablation inflates loss recovered, and never changes which SAE is ahead"""
         x, generators, scores = self.x, self.seeded, {}
         W = torch.stack([torch.randn(32, 50, generator=g) for g in generators]).double()
@@ -388,29 +412,36 @@ class Claims:
 
     def D2(self, on="CE of the language model and six smaller ones against compute", data=LANGUAGE):
         """compute-efficiency hit, off a scaling curve: none without an SAE, smaller for Gated"""
-        seeds = {row["seed"]: row["clean"] for row in self.models}
-        curves = [[r for r in self.smaller if r["seed"] == seed] for seed in seeds]
+        clean = [row["clean"] for row in self.models]
+        curves = [[r for r in self.smaller if r["seed"] == row["seed"]] for row in self.models]
+        embeddings = lambda r: 3 * 128 * r["d_model"]  # noqa: E731  of 256 bytes, and 128 positions
+        without = lambda r: r["compute"] * (1 - embeddings(r) / r["parameters"])  # noqa: E731
 
-        def share(ce, floor=0.0, leave_out=None):
+        def share(ce, read_off=compute_multiple, floor=0.0, leave_out=None, spent=None):
             """Of the compute, one number a seed; off power laws of L - floor."""
             shares = []
-            for rows, now, clean in zip(curves, ce, seeds.values(), strict=True):
-                own = [(r["compute"], r["ce"] - floor) for r in rows if r["d_model"] != leave_out]
-                curve = zip(*own, strict=True)
-                shares.append(compute_multiple(*curve, now - floor, clean - floor))
+            for rows, now, best in zip(curves, ce, clean, strict=True):
+                rows = [r for r in rows if r["d_model"] != leave_out]
+                compute = [spent(r) if spent else r["compute"] for r in rows]
+                losses = [r["ce"] - floor for r in rows]
+                shares.append(read_off(compute, losses, now - floor, best - floor))
             return per_seed(shares)
 
-        yield "(without an SAE)", share(seeds.values()), near(1, 0)
+        yield "(without an SAE)", share(clean), near(1, 0)
+        at = {kind: partial(measure.at_l0, self.runs, kind) for kind in ("Standard", "Gated")}
         for l0 in (5, 8, 12):
-            ce = {kind: measure.at_l0(self.runs, kind, l0) for kind in ("Standard", "Gated")}
-            found = {kind: share(values) for kind, values in ce.items()}
+            found = {kind: share(of(l0)) for kind, of in at.items()}
             for kind, values in found.items():
                 yield f"share of the compute, {kind}, L0 {l0}", values
             yield "(Gated's lead)", found["Gated"] - found["Standard"], above(0)
-        for floor in (0.5, 1.0):
-            yield f"that, if no model gets below {floor}", share(ce["Gated"], floor)
-        moved = [share(ce["Gated"], leave_out=d) - found["Gated"] for d in language.SIZES]
-        yield "that, moved by one size left out, at most", torch.stack(moved).abs().amax(0)
+        for kind, of in at.items():
+            ce, at_8 = of(8), f"{kind}, L0 8"
+            yield f"{at_8}, read off between neighbouring sizes", share(ce, between_sizes)
+            yield f"{at_8}, embeddings not counted", share(ce, spent=without)
+            for floor in (0.5, 1.0):
+                yield f"{at_8}, if no model gets below {floor}", share(ce, floor=floor)
+            moved = [share(ce, leave_out=d) - share(ce) for d in language.SIZES]
+            yield f"{at_8}, one size left out, moved at most", torch.stack(moved).abs().amax(0)
 
     def D3(self, on="Gated as JumpReLU, sum of f̃, 200 rows, 2000 steps"):
         """integrated gradients miss exactly the jumps"""
@@ -427,8 +458,9 @@ class Claims:
 
     def D4(self, on=SWEEP, data="plain"):
         """about half as many latents at equal reconstruction, and γ near 1"""
+        judge = "CE" if data == LANGUAGE else ""  # of a language model the paper means its loss
         for name in WORLDS if data == "plain" else (data,):
-            for what, *found in self.ratios(name, "Standard", above(1.5)):
+            for what, *found in self.ratios(name, "Standard", about(2), judge=judge):
                 yield f"{what}, {name}", *found
         yield "γ, Gated", self.mean("Gated", data=data), near(1, 0.02)
         yield "γ, Standard", self.mean("Standard", data=data)
@@ -438,7 +470,7 @@ CLAIMS = [name for name in vars(Claims) if name[1:].isdigit()]
 
 
 # The parts of rebuild.py measure {name of a file: its rows}.
-def measured_toy(steps: int, read, remember, seeds=5, n_l1=5) -> dict[str, list[dict]]:
+def measured_toy(steps: int, out: Path, remember, seeds=5, n_l1=5) -> dict[str, list[dict]]:
     rows = []
     for name, variant in tqdm(RUNS, TOY, disable=None):
         of = partial(run, measure.Toy(name, seeds), name, variant, min(steps, 1500), seeds, n_l1)
@@ -446,18 +478,24 @@ def measured_toy(steps: int, read, remember, seeds=5, n_l1=5) -> dict[str, list[
     return {"runs": rows}
 
 
-def measured_language(steps: int, read, remember, seeds=3, n_l1=4) -> dict[str, list[dict]]:
-    source, rows = language.Model(seeds, min(steps, 1200)), []
+def measured_language(steps: int, out: Path, remember, seeds=3, n_l1=4) -> dict[str, list[dict]]:
+    source, rows, saes = language.Model(seeds, min(steps, 1200)), [], {}
     found = {"models": remember({"of": "models"}, lambda: source.ce)}
     found |= {"smaller": remember({"of": "smaller"}, source.smaller)}
     for variant in tqdm(IN_LANGUAGE, LANGUAGE, disable=None):
         of = partial(run, source, LANGUAGE, variant, min(steps, 1000), seeds, n_l1)
         rows += remember({"variant": variant}, of)
+    options = {"d_in": source.d_in, "lr": source.lr, "what": "to keep"}
+    for kind, l1 in language.KEPT.items():  # for the lesson
+        l1, recipe = torch.full((seeds,), l1), EVIDENCE[kind]
+        stack = measure.trained(recipe, source.stream, l1, min(steps, 1000), **options)
+        saes[kind] = next(measure.members(stack))
+    source.keep(saes, out)
     return found | {"language": rows}
 
 
-def measured_claims(steps: int, read, remember) -> dict[str, list[dict]]:
-    seen = Claims(read, min(steps, 1500))
+def measured_claims(steps: int, out: Path, remember) -> dict[str, list[dict]]:
+    seen = Claims(partial(measure.read, folder=out), min(steps, 1500))
     return {"claims": [seen.judged(number) for number in tqdm(CLAIMS, "claims", disable=None)]}
 
 

@@ -1,20 +1,24 @@
 """A small language model for SAEs to be spliced into, and smaller ones: what a CE is worth."""
 
 import itertools
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from gated_sae import SAE, harvest, rescaled, splice
-from results.measure import epochs, side_by_side
+from gated_sae import SAE, harvest, load, rescaled, save, splice
+from results.measure import RESULTS, epochs, side_by_side
 
 SIZES = (16, 24, 32, 48, 64, 96)  # d_model of the smaller ones; the model itself has 128
+KEPT = {"Standard": 1.8, "Gated": 3.6}  # λ of two SAEs through which as much of the loss is lost
 
 
 def english() -> tuple[Tensor, Tensor]:
@@ -31,31 +35,28 @@ class LanguageModel(nn.Module):
 
     def __init__(self, d_model=128, n_heads=8, context=128):
         super().__init__()
-        self.n_heads, self.context, wide = n_heads, context, 4 * d_model
+        self.context = context
         self.byte = nn.Embedding(256, d_model)
         self.position = nn.Embedding(context, d_model)
-        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(3))
-        self.qkv = nn.Linear(d_model, 3 * d_model)
-        self.project = nn.Linear(d_model, d_model)
-        self.mlp = nn.Sequential(nn.Linear(d_model, wide), nn.GELU(), nn.Linear(wide, d_model))
+        kind = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.layer = nn.TransformerEncoderLayer(d_model, n_heads, 4 * d_model, **kind)
+        self.norm = nn.LayerNorm(d_model)
         self.unembed = nn.Linear(d_model, 256, bias=False)
         for weight in self.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)
 
-    def attend(self, x: Tensor) -> Tensor:
-        """Each position reads from itself and those before it."""
-        heads = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (batch, tokens, 3, heads, d)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, d)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.project(mixed.transpose(1, 2).flatten(2))  # (batch, tokens, d_model)
+    @property
+    def mlp(self) -> nn.Module:
+        """What it puts out is x."""
+        return self.layer.linear2
 
     def forward(self, ids: Tensor) -> Tensor:
-        before_attention, before_mlp, at_end = self.norms
-        x = self.byte(ids) + self.position.weight[: ids.shape[1]]  # (batch, tokens, d_model)
-        x = x + self.attend(before_attention(x))
-        x = x + self.mlp(before_mlp(x))
-        return self.unembed(at_end(x))  # (batch, tokens, 256)
+        tokens = ids.shape[1]
+        x = self.byte(ids) + self.position.weight[:tokens]  # (batch, tokens, d_model)
+        later = nn.Transformer.generate_square_subsequent_mask(tokens)  # is not read
+        x = self.layer(x, later, is_causal=True)  # attention, then MLP, each added to x
+        return self.unembed(self.norm(x))  # (batch, tokens, 256)
 
 
 def cross_entropy(model: LanguageModel, ids: Tensor) -> Tensor:
@@ -154,6 +155,14 @@ class Model:
         now, ce = self.spliced(seed, rescaled(sae, 1 / self.scaled[1][seed])), self.ce[seed]
         return {"ce": now, "lost": (now - ce["clean"]) / (ce["mean"] - ce["clean"])}
 
+    def keep(self, saes: dict[str, SAE], folder: Path) -> None:
+        """Save the first model, in float16, and SAEs of its own x, for `kept`."""
+        halves = {name: weight.half() for name, weight in self.models[0].state_dict().items()}
+        save_file(halves, folder / "language_model.safetensors")
+        for kind, sae in saes.items():
+            shutil.rmtree(folder / kind.lower(), ignore_errors=True)
+            save(rescaled(sae, 1 / self.scaled[1][0]), folder / kind.lower())
+
     def smaller(self) -> list[dict]:
         """CE of smaller models, which read less in proportion: compute is 6 parameters x bytes."""
         rows = []
@@ -165,3 +174,10 @@ class Model:
             row = {"seed": seed, "d_model": d_model, "parameters": n, "bytes": n_bytes}
             rows.append(row | {"compute": 6 * n * n_bytes, "ce": round(ce.item(), 5)})
         return rows
+
+
+def kept(folder: Path = RESULTS) -> tuple[LanguageModel, dict[str, SAE]]:
+    """A model, and the SAEs of what its MLP puts out."""
+    model = LanguageModel().requires_grad_(False)
+    model.load_state_dict(load_file(folder / "language_model.safetensors"))
+    return model, {kind: load(folder / kind.lower()) for kind in KEPT}

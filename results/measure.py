@@ -29,8 +29,12 @@ def read(name: str, folder: Path = RESULTS) -> list[dict]:
 
 
 def remembered(file: Path, made: dict, measure: Callable[[], dict]) -> dict:
-    """The row of a file of JSON lines that holds all of `made`, or a new one, which is appended."""
-    for row in map(json.loads, file.read_text().splitlines() if file.exists() else []):
+    """The row of a file of JSON lines that holds all of `made`, or a new one, which is appended.
+    What a kill left of a line is dropped."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        file.write_text("".join(lines[:-1]))
+    for row in (json.loads(line) for line in lines if line.endswith("\n")):
         if made.items() <= row.items():
             return row
     row = made | measure()
@@ -88,7 +92,7 @@ class Toy:
         return itertools.islice(self.stream(20_000, 1000, copies), 10)
 
     def scores(self, sae: SAE, seed: int) -> dict[str, float]:
-        found = recovery(sae, self.worlds[seed], rows=2000)
+        found = recovery(sae, self.worlds[seed], 2000, seed + 30_000)  # rows of its own
         return {"mcc": found.mcc, "f1": found.f1}
 
 
@@ -98,15 +102,27 @@ class Recipe(NamedTuple):
     kind: Callable[..., SAE]
     span: tuple[float, float]  # least and most λ on toy data: the ranges of L0 overlap
     options: dict = {}
+    power: int = 1  # of the coefficients' size, with which λ grows
+    lengths: Callable[[float], dict] = lambda size: {}  # options that grow with it, or fall
     width: float = 1.0  # d_sae beside that of the others
     prepare: Callable = lambda sae, generator: None
     finish: Callable = lambda sae: sae
-    refit: bool = False  # what `finish` made of it, on other rows and without penalty
+    refit: bool = False  # what `finish` made of it, without penalty, rows in another order
     schedule: dict = {}
 
-    def strengths(self, n: int, size: float = 1) -> Tensor:
-        """n λ, for coefficients `size` times as large as on toy data."""
-        return size * torch.logspace(*map(math.log10, self.span), n)
+    def at(self, size: float) -> "Recipe":
+        """The same, for coefficients `size` times as large as on toy data."""
+        span = tuple(l1 * size**self.power for l1 in self.span)
+        return self._replace(span=span, options=self.options | self.lengths(size))
+
+    def strengths(self, n: int) -> Tensor:
+        return torch.logspace(*map(math.log10, self.span), n)
+
+
+def log_penalty(a: float, size: float = 1) -> dict:
+    """log(1 + a f), for f of one size, as an option."""
+    gated_sae.PENALTIES[f"log {a}/{size}"] = lambda f, norm: (a / size * f).log1p()
+    return {"penalty": f"log {a}/{size}"}
 
 
 LOW, HIGH = (0.15, 1.2), (0.3, 2.4)  # Gated needs larger λ for the same L0
@@ -119,9 +135,20 @@ EVIDENCE = {
     "rescale & shift": corrected(finish=rescale_and_shift),
     "rescale & shift, decoder too": corrected(finish=lambda sae: rescale_and_shift(sae, True)),
     "natural b_mag": Recipe(gated_sae.NaturalGatedSAE, (0.6, 4.8)),
-    "log penalty": Recipe(StandardSAE, (0.3, 2.0), {"penalty": "log"}),
-    "soft cutoff": Recipe(gated_sae.SoftCutoffSAE, LOW, finish=gated_sae.to_jumprelu),
-    "JumpReLU": Recipe(gated_sae.JumpReLUSAE, (0.05, 0.6)),
+    "log penalty": Recipe(StandardSAE, (0.3, 2.0), log_penalty(1), 2, partial(log_penalty, 1)),
+    "soft cutoff": Recipe(
+        gated_sae.SoftCutoffSAE,
+        LOW,
+        lengths=lambda size: {"s": 0.1 * size},
+        finish=gated_sae.to_jumprelu,
+    ),
+    "JumpReLU": Recipe(
+        gated_sae.JumpReLUSAE,
+        (0.05, 0.6),
+        power=2,
+        lengths=lambda size: {"bandwidth": 0.1 * size},
+        prepare=lambda sae, _: sae.threshold.data.fill_(sae.bandwidth),
+    ),
 }
 
 
@@ -129,8 +156,8 @@ def trained(
     recipe, stream, l1, steps, *, d_in=32, d_sae=None, seed=0, what=None, watch=None, **options
 ):
     """A stack made by the recipe, of the shape of l1; `options` are those of `train`. stream(0)
-    trains it, and stream(10 000), other rows of the same data, refits it. `what` names a bar of
-    progress. `watch` gets it at the first step, and at each quarter."""
+    trains it, and stream(10 000), of another seed, refits it. `what` names a bar of progress.
+    `watch` gets it at the first step, and at each quarter."""
     generator = torch.Generator().manual_seed(seed)
     own = {"stack": l1.shape, "generator": generator} | recipe.options
     sae = recipe.kind(d_in, int(recipe.width * (d_sae or 4 * d_in)), **own)
@@ -227,17 +254,20 @@ def by_seed(rows: list[dict], data: str) -> list[list[dict]]:
 
 
 # On the way from x̂ = E x to x: of the variance what is unexplained, of the loss what is lost.
-LEVELS = {"fvu": (0.1, 0.15, 0.2, 0.3), "lost": (0.05, 0.1, 0.2)}
+LEVELS = {"fvu": (0.1, 0.15, 0.2), "lost": (0.05, 0.1, 0.2)}
 
 
 def l0_ratios(rows, variant, other, data="plain", by="fvu") -> list[float]:
-    """Per seed: L0 of a variant over that of another, geometric mean over the FVU both reach."""
-    ratios = []
-    for own in by_seed(rows, data):
-        at = [[at_fvu(own, v, f, (), by) for v in (variant, other)] for f in LEVELS[by]]
-        logs = [math.log(a[0] / b[0]) for a, b in at if a and b]
-        ratios += [math.exp(sum(logs) / len(logs))] if logs else []
-    return ratios
+    """Per seed: L0 of a variant over that of another, geometric mean over the levels of FVU, or of
+    the loss, that all seeds of both reach."""
+    found = []
+    for level in LEVELS[by]:
+        at = [
+            [at_fvu(own, v, level, (), by) for own in by_seed(rows, data)] for v in (variant, other)
+        ]
+        if all(itertools.chain(*at)):
+            found.append([math.log(a / b) for (a,), (b,) in zip(*at, strict=True)])
+    return [math.exp(sum(logs) / len(logs)) for logs in zip(*found, strict=True)]
 
 
 def at_l0(rows, variant, l0, data="language model", key="ce") -> list[float]:
@@ -257,9 +287,9 @@ def means(rows, variant, data, key="gamma") -> list[float]:
 
 
 def mean_at_fvu(rows, variant, data="plain", fvu=0.2, keys=("gamma",), by="fvu") -> list | None:
-    """[L0, γ] as `at_fvu`, means over the seeds that reach it, or None."""
-    found = [*filter(None, (at_fvu(own, variant, fvu, keys, by) for own in by_seed(rows, data)))]
-    return torch.tensor(found).mean(0).tolist() if found else None
+    """[L0, γ] as `at_fvu`, means over the seeds, or None where one does not reach it."""
+    found = [at_fvu(own, variant, fvu, keys, by) for own in by_seed(rows, data)]
+    return torch.tensor(found).mean(0).tolist() if found and all(found) else None
 
 
 def means_over_seeds(rows: list[dict], keys=("l0", "fvu", "gamma")) -> list[dict]:

@@ -10,6 +10,8 @@ from zlib import crc32
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `results` and the modules it measures
 
+import torch
+
 from results.claims import PARTS
 from results.measure import RESULTS, read, remembered
 
@@ -31,27 +33,27 @@ def main(arguments: list[str] | None = None) -> None:
     if args.steps < 1:
         parser.error(f"--steps is {args.steps}, expected at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
-    readme = (RESULTS / "README.md").read_text()
     files = sorted([*RESULTS.glob("*.py"), *RESULTS.parent.glob("*.py")])
     code = crc32(b"".join(file.read_bytes() for file in files))
-    for name in [args.part] if args.part else PARTS:
+    same = {"steps": args.steps, "code": code, "on": [sys.version.split()[0], torch.__version__]}
+    begun, page = args.out / "begun.jsonl", args.out / "README.md"
+    names = [args.part] if args.part else [*PARTS]
+
+    def remember(made, measure):
+        """Rows, measured once by the same code: an interrupted rebuild goes on from here."""
+        return remembered(begun, made | same, lambda: {"rows": list(measure())})["rows"]
+
+    for name in names:
         measured, shown = PARTS[name]
-        here = partial(read, folder=args.out)
-        begun = args.out / f"{name}.begun.jsonl"  # if interrupted, the same code goes on from here
-
-        def remember(made, measure, begun=begun):
-            made |= {"steps": args.steps, "code": code}
-            return remembered(begun, made, lambda: {"rows": list(measure())})["rows"]
-
-        for file, rows in {} if args.shown else measured(args.steps, here, remember).items():
+        for file, rows in {} if args.shown else measured(args.steps, args.out, remember).items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (args.out / f"{file}.jsonl").write_text("".join(lines))
-            begun.unlink(missing_ok=True)
-        chart, places = shown(here)
+        chart, places = shown(partial(read, folder=args.out))
         chart.save(args.out / f"{name}.svg") if chart else None
-        readme = filled(readme, places)
-        (args.out / "README.md").write_text(readme)
+        text = (page if page.exists() else RESULTS / "README.md").read_text()
+        page.write_text(filled(text, places))
         print(*places.values(), sep="\n\n", end="\n\n")
+    begun.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -321,7 +321,7 @@ def quality_saelens(kind, d_in, d_sae, steps, batch, lr, strength, seed):
     return step, sae.encode, sae.decode, lambda: sae.W_dec
 
 
-def quality_dictionary_learning(kind, d_in, d_sae, steps, batch, lr, strength, seed):
+def quality_dl(kind, d_in, d_sae, steps, batch, lr, strength, seed):
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.gdm import GatedSAETrainer
 
@@ -344,11 +344,8 @@ QUALITY = {
     "SAELens gated": (partial(quality_saelens, "Gated"), (3, 6, 10)),
     "SAELens standard": (partial(quality_saelens, "Standard"), (3, 6, 10)),
     "SAELens batch top k": (partial(quality_saelens, "BatchTopK"), (4, 8, 16)),
-    "dictionary-learning gated": (partial(quality_dictionary_learning, "Gated"), (3, 6, 10)),
-    "dictionary-learning batch top k": (
-        partial(quality_dictionary_learning, "BatchTopK"),
-        (4, 8, 16),
-    ),
+    "dictionary-learning gated": (partial(quality_dl, "Gated"), (3, 6, 10)),
+    "dictionary-learning batch top k": (partial(quality_dl, "BatchTopK"), (4, 8, 16)),
 }
 SIZE = dict(d_sae=1024, batch=512, steps=1000)
 LRS, POINT = (1e-3, 2e-3, 4e-3, 8e-3), "SAELens gated"
@@ -465,7 +462,7 @@ def middle_run(rows, name):
 
 
 def quality_table(rows):
-    """Means over the seeds ± their standard error."""
+    """Means over the seeds ± their standard error; ≤ where all FVU are below the one asked for."""
     table = []
     for name in [name for name in QUALITY if name in {row["variant"] for row in rows}]:
         middle = middle_run(rows, name)
@@ -475,15 +472,13 @@ def quality_table(rows):
         middles = [row for row in own if row["strength"] == middle["strength"]]
         line = {"": name, "lr": lr}
         for level in levels(rows):
-            found = [at[0] for at in (at_fvu(own, name, level) for own in seeds) if at]
-            line[f"L0 at FVU {level:g}"] = shown(found, 3) if len(found) == len(seeds) else "-"
+            line[f"L0 at FVU {level:g}"] = shown([reached(own, name, level) for own in seeds], 3)
         line |= {"gamma": shown([row["gamma"] for row in middles], 3)}
         line |= {"dead": shown([100 * row["dead"] for row in middles], 2) + " %"}
         for key in ("mcc", "f1"):
             if key in middle:
-                found = [at_fvu(own, name, levels(rows)[1], (key,)) for own in seeds]
-                value = shown([at[1] for at in found], 2) if all(found) else "-"
-                line[f"{key.upper()} at {levels(rows)[1]:g}"] = value
+                found = [reached(own, name, levels(rows)[1], key) for own in seeds]
+                line[f"{key.upper()} at {levels(rows)[1]:g}"] = shown(found, 2).strip("≤ ")
         shares = (reaches(rows, name, lr, most // n) for n in (8, 4, 2, 1))
         first = next(filter(None, shares), None)
         line |= {"CPU s": f"{middle['seconds']:.0f}"}
@@ -492,9 +487,20 @@ def quality_table(rows):
     return as_markdown(table)
 
 
+def reached(own, name, level, key="l0"):
+    """A number at an FVU, or of the sparsest run, as text, where all have a lower FVU; or None."""
+    at = at_fvu(own, name, level, (key,))
+    if at or max(row["fvu"] for row in own) >= level:
+        return at and (at[0] if key == "l0" else at[1])
+    return str(min(own, key=lambda row: row["l0"])[key])
+
+
 def shown(values, digits):
+    if None in values:
+        return "-"
     mean, se = spread(values).values()
-    return f"{mean:.{digits}g}" + (f" ± {se:.1g}" if se else "")
+    most = "≤ " * any(isinstance(value, str) for value in values)
+    return f"{most}{mean:.{digits}g}" + (f" ± {se:.1g}" if se else "")
 
 
 def synth(samples, targets, shape=(16384, 768, 128), d_sae=4096, batch=1024, steer=200):

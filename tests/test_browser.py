@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ if CHROMIUM is None:
 
 FLAGS = "--no-sandbox --disable-background-networking --disable-component-update --disable-sync"
 FLAGS = [*FLAGS.split(), "--no-first-run", "--disable-quic"]
-PICTURES = "world shrink gate naive aux tied norms gamma frontier jump recovered"
+PICTURES = "world shrink gate naive tied norms gamma frontier language recovered jump"
 SECONDS = 30_000  # of patience, in milliseconds
 
 
@@ -49,7 +48,7 @@ def page(address):
         page.on("pageerror", lambda error: said(str(error)))
         page.on("request", lambda r: r.url.startswith(known) or said(f"asked for {r.url}"))
         page.goto(address)
-        for last in ("live_latents", "jump_picture", "claims_table"):  # those that run last
+        for last in ("real_splice", "jump_picture", "next_gist"):  # those that run last
             playwright.expect(cell(page, last)).to_be_visible(timeout=2 * SECONDS)
         yield page
         browser.close()
@@ -68,31 +67,40 @@ def shown(page, name, text):
     playwright.expect(cell(page, name)).to_contain_text(text, timeout=SECONDS)
 
 
-def words(page, name):
-    """What a cell says; callouts keep their text in a shadow tree."""
-    return page.evaluate(
-        """name => {
-             const text = node => node.nodeType === 3 ? node.data
-               : [...(node.shadowRoot ?? node).childNodes].map(text).join('')
-             return text(document.querySelector(`[data-cell-name=${name}]`))
-           }""",
-        name,
-    )
+def choose(page, section, option):
+    cell(page, f"{section}_gist").get_by_role("radio").nth(option).click()
 
 
-def test_every_section_and_picture_is_there(page):
+def test_a_wrong_answer_gets_its_own_feedback_and_then_the_picture_comes(page):
+    """Before, there is none; and another answer has another feedback."""
     headings = [text for text in page.locator("h2").all_inner_texts() if "·" in text]
     assert [int(text.split("·")[0]) for text in headings] == list(range(1, 13))
+    for section in [*PICTURES.split(), "aux"]:
+        shown(page, f"{section}_gist", "Predict first.")
+        shown(page, f"{section}_picture", "A picture comes with your answer.")
+    assert marks(page, "shrink_picture").count() == 0
+    for option, says in ((0, "That has no error"), (3, "That saves the whole penalty")):
+        choose(page, "shrink", option)
+        shown(page, "shrink_picture", "No: 1.6.")
+        shown(page, "shrink_picture", says)
+    choose(page, "shrink", 1)
+    shown(page, "shrink_picture", "Right. At 2 - δ")
+    playwright.expect(marks(page, "shrink_picture")).to_be_visible()
+    shown(page, "shrink_picture", "Keep:")
+    choose(page, "gate", 3)
+    shown(page, "gate_picture", "The answer is: about 100%.")
+
+
+def test_everything_can_be_shown_and_every_picture_is_described(page):
+    cell(page, "title").get_by_role("switch").click()
     for name in PICTURES.split():
-        playwright.expect(marks(page, f"{name}_picture")).to_be_visible()
-        caption = cell(page, f"{name}_picture").locator("em").first.inner_text()
-        assert len(caption) > 60, f"{name} has no caption"
+        playwright.expect(marks(page, f"{name}_picture")).to_be_visible(timeout=SECONDS)
         described = cell(page, f"{name}_picture").locator("[aria-label]")  # for those who can't see
-        lengths = described.evaluate_all("all => all.map(e => e.getAttribute('aria-label').length)")
-        assert max(lengths) > 60, f"{name} is not described"
-        shown(page, f"{name}_gist", "Predict first.")
-        shown(page, f"{name}_feedback", "Choose an answer")
-        shown(page, f"{name}_end", "Keep:")
+        said = described.evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
+        caption = cell(page, f"{name}_picture").locator("em").first.inner_text()
+        assert min(max(map(len, said)), len(caption)) > 60, name
+        shown(page, f"{name}_picture", "The answer is:")
+    shown(page, "aux_picture", "a balance")
 
 
 def test_no_formula_is_broken_and_nothing_failed(page):
@@ -106,7 +114,7 @@ def test_no_formula_is_broken_and_nothing_failed(page):
 @pytest.mark.parametrize(
     ("section", "key", "says"),
     [
-        ("world", "End", "After 200 steps"),
+        ("world", "End", "After 200 training"),
         ("shrink", "ArrowRight", "With λ = 1.0"),
         ("gate", "ArrowRight", "At λ = 1.0"),
         ("tied", "ArrowRight", "opens at z = 0.65"),
@@ -116,62 +124,57 @@ def test_no_formula_is_broken_and_nothing_failed(page):
 )
 def test_a_slider_moved_by_a_key_changes_its_picture(page, section, key, says):
     before = marks(page, f"{section}_picture").screenshot()
-    slider = cell(page, f"{section}_controls").get_by_role("slider").first
+    slider = cell(page, f"{section}_picture").get_by_role("slider").first
     slider.press(key)
     shown(page, f"{section}_picture", says)
     page.wait_for_timeout(200)
     assert marks(page, f"{section}_picture").screenshot() != before
 
 
-def test_the_language_model_is_there_and_its_baseline_can_be_changed(page):
-    playwright.expect(marks(page, "language_picture")).to_be_visible()
-    shown(page, "language_gist", "Predict first.")
-    before = marks(page, "recovered_picture").screenshot()
-    cell(page, "recovered_controls").get_by_role("radio").nth(1).click()
+def test_a_fold_stays_open_while_a_slider_moves(page):
+    fold = cell(page, "shrink_picture").get_by_role("button", name="Derivation")
+    fold.click()
+    shown(page, "shrink_picture", "For one coefficient, with a unit direction")
+    cell(page, "shrink_picture").get_by_role("slider").first.press("ArrowLeft")
+    shown(page, "shrink_picture", "With λ = 0.8")
+    assert fold.get_attribute("aria-expanded") == "true"
+    cell(page, "shrink_picture").get_by_role("button", name="The code").click()
+    shown(page, "shrink_picture", "def shrink(a: Tensor, l1: float) -> Tensor:")
+
+
+def test_an_edit_of_the_forty_lines_is_shown_and_run(page):
+    edits = cell(page, "forty_gist").locator("select")
+    edits.select_option(label="drop L_aux")
+    shown(page, "forty_picture", "loss = reconstruct + l1 * sparsity")
+    shown(page, "forty_picture", "nothing is left")
+    rows = cell(page, "forty_picture").locator("tbody tr")
+    playwright.expect(rows).to_have_count(2, timeout=SECONDS)
+    assert rows.nth(1).inner_text().split()[-4] == "0.00"
+    edits.select_option(label="as it is")
+    playwright.expect(rows).to_have_count(1, timeout=SECONDS)
+
+
+def test_a_text_is_read_as_it_is_typed(page):
+    cell(page, "real_gist").locator("textarea").fill("zip(range(3), <b>)")
+    for name, count in (("real_picture", 2 + 2 * 8), ("real_splice", 4)):
+        texts = cell(page, name).locator("code.bytes")
+        playwright.expect(texts.first).to_have_text("zip(range(3), <b>)", timeout=SECONDS)
+        assert texts.count() == count
+    shown(page, "real_splice", "nats per byte")
+    before = marks(page, "real_picture").screenshot()
+    cell(page, "real_reading").locator("select").select_option(index=3)
     page.wait_for_timeout(1500)
-    assert marks(page, "recovered_picture").screenshot() != before
+    assert marks(page, "real_picture").screenshot() != before
 
 
-@pytest.mark.parametrize(
-    ("section", "wrong", "right", "says", "why"),
-    [("shrink", 0, 1, "1.6", "λ/2 = 0.4"), ("language", 1, 0, "about half", "The lead holds")],
-)
-def test_answers_get_their_feedback(page, section, wrong, right, says, why):
-    options = cell(page, f"{section}_gist").get_by_role("radio")
-    options.nth(wrong).click()
-    shown(page, f"{section}_feedback", f"No: {says}.")
-    options.nth(right).click()
-    shown(page, f"{section}_feedback", "Right.")
-    shown(page, f"{section}_feedback", why)
-
-
-def test_the_form_trains_and_an_sae_can_be_inspected(page):
-    shown(page, "live_latents", "Standard, λ = 0.71")
-    before, said = marks(page, "live_frontier").screenshot(), words(page, "live_latents")
-    assert "latents fire on a row" in said
-    cell(page, "live_form").get_by_role("button", name="Train").click()
-    until = time.monotonic() + 60
-    while words(page, "live_latents") == said and time.monotonic() < until:
-        page.wait_for_timeout(200)
-    assert words(page, "live_latents") != said
-    page.wait_for_timeout(300)
-    assert marks(page, "live_frontier").screenshot() != before
-    cell(page, "live_choice").locator("select").select_option(label="Gated, λ = 1.43")
-    shown(page, "live_latents", "Gated, λ = 1.43")
-
-
-def test_a_click_on_a_point_inspects_its_sae(page):
-    chart = marks(page, "live_frontier")
-    box = chart.bounding_box()
-    chart.click(position={"x": 0.1 * box["width"], "y": 0.15 * box["height"]})
-    shown(page, "live_latents", "Gated, λ = 2.40")
-    cell(page, "live_choice").locator("select").select_option(label="JumpReLU, λ = 0.17")
-    shown(page, "live_latents", "JumpReLU, λ = 0.17")
-
-
-def test_folded_code_is_that_of_the_module(page):
-    cell(page, "shrink_end").get_by_role("button", name="The code").click()
-    shown(page, "shrink_end", "def shrink(a: Tensor, l1: float) -> Tensor:")
+def test_the_form_trains_and_bad_input_is_told(page):
+    shown(page, "live_picture", "At equal FVU")
+    seed = cell(page, "live_form").locator("input").last
+    for value, says in (("2.7", "seed is 2.7"), ("", "seed is None"), ("3", "At equal FVU")):
+        seed.fill(value)
+        seed.press("Tab")
+        cell(page, "live_form").get_by_role("button", name="Train").click()
+        shown(page, "live_picture", says)
 
 
 def test_nothing_sticks_out_on_a_phone(page):
