@@ -1,5 +1,7 @@
 """Section 2: the standard SAE, its shrinkage, and what every variant inherits."""
 
+import re
+
 import numpy as np
 import oracle
 import pytest
@@ -37,16 +39,15 @@ def test_standard_loss_and_gradients_match_the_oracle(size, batch, seed):
 # -- What every variant inherits -------------------------------------------------------------------
 
 
-@given(variants, sizes, seeds)
-def test_rows_do_not_see_each_other_and_losses_are_means_over_them(variant, size, seed):
-    """And all of it is read only, the rows too."""
-    sae, x = random_sae(variant, size, seed), random_batch(5, size[0], seed=seed)
-    kept = x.clone()
+@given(variants, sizes, seeds, st.sampled_from([(5,), (2, 3, 2)]))
+def test_rows_do_not_see_each_other_and_losses_are_means_over_them(variant, size, seed, shape):
+    """One mean for each leading index of a single SAE. And all is read only, the rows too."""
+    sae, x = random_sae(variant, size, seed), random_batch(*shape, size[0], seed=seed)
+    kept, rows = x.clone(), x.flatten(0, -2).split(1)
     with random_saes.unchanged(sae):
-        assert_equal(torch.cat([sae(row) for row in x.split(1)]), sae(x))
-        one_by_one = [sae.losses(row) for row in x.split(1)]
-        means = Losses(*(torch.stack(term).mean() for term in zip(*one_by_one, strict=True)))
-        assert_equal(sae.losses(x), means)
+        assert_equal(torch.cat([sae(row) for row in rows]).view_as(x), sae(x))
+        terms = zip(*(sae.losses(row) for row in rows), strict=True)
+        assert_equal(sae.losses(x), Losses(*(torch.stack(t).view(shape).mean(-1) for t in terms)))
     assert_equal(x, kept, rtol=0, atol=0)
 
 
@@ -130,18 +131,13 @@ def test_randomness_comes_from_the_generator_alone(variant):
 # -- Bad input -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("x", "error", "says"),
-    [
-        (torch.zeros(3, 5), ValueError, r"\(3, 5\), expected .* 4\)$"),
-        (torch.zeros(4), ValueError, r"\(4,\)"),
-        (torch.zeros(0, 4), ValueError, r"\(0, 4\)"),
-        (torch.zeros(3, 4, dtype=torch.int64), TypeError, "int64 .*expected torch.float32"),
-        (torch.zeros(3, 4, dtype=torch.complex64), TypeError, "complex64 .*expected torch.float32"),
-        (torch.zeros(3, 4, dtype=torch.float64), TypeError, "float64 .*expected torch.float32"),
-        (np.zeros((3, 4)), TypeError, "ndarray, expected"),
-    ],
-)
+SHAPES, DTYPES = ((3, 5), (4,), (0, 4)), (torch.int64, torch.complex64, torch.float64)
+BAD = [(torch.zeros(s), ValueError, re.escape(f"{s}, expected ") + r".* 4\)$") for s in SHAPES]
+BAD += [(torch.zeros(3, 4, dtype=d), TypeError, f"{d} .*expected torch.float32") for d in DTYPES]
+BAD += [(np.zeros((3, 4)), TypeError, "ndarray, expected")]
+
+
+@pytest.mark.parametrize(("x", "error", "says"), BAD)
 @pytest.mark.parametrize("method", ["encode", "forward", "losses"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bad_batches_are_named(variant, method, x, error, says):
@@ -155,31 +151,16 @@ def test_a_stack_refuses_other_leading_dimensions():
         GatedSAE(4, 8, stack=3).encode(torch.zeros(2, 5, 4))
 
 
-@given(variants, sizes, seeds)
-def test_a_single_sae_takes_more_dimensions(variant, size, seed):
-    """One x̂, and one loss, for each leading index."""
-    sae, x = random_sae(variant, size, seed), random_batch(2, 3, 5, size[0], seed=seed)
-    x_hat, losses = sae(x), sae.losses(x)
-    for i in np.ndindex(2, 3):
-        assert_equal(x_hat[i], sae(x[i]))
-        assert_equal(Losses(*(term[i] for term in losses)), sae.losses(x[i]))
+SIZES = {f"d_sae is {odd}": dict(d_sae=odd) for odd in (-1, 2.5, True)}
+SIZES |= {"d_in is 0": dict(d_in=0), "stack is 0": dict(stack=(3, 0))}
+SIZES |= {"int32, expected a floating": dict(dtype=torch.int32)}
 
 
-@pytest.mark.parametrize(
-    ("args", "options", "error", "says"),
-    [
-        ((0, 8), {}, ValueError, "d_in is 0"),
-        ((4, -1), {}, ValueError, "d_sae is -1"),
-        ((4, 2.5), {}, ValueError, "d_sae is 2.5"),
-        ((4, True), {}, ValueError, "d_sae is True"),
-        ((4, 8), {"stack": (3, 0)}, ValueError, "stack is 0"),
-        ((4, 8), {"dtype": torch.int32}, TypeError, "int32, expected a floating"),
-    ],
-)
+@pytest.mark.parametrize("says", SIZES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bad_sizes_are_named(variant, args, options, error, says):
-    with pytest.raises(error, match=says):
-        VARIANTS[variant](*args, **options)
+def test_bad_sizes_are_named(variant, says):
+    with pytest.raises(TypeError if "int32" in says else ValueError, match=says):
+        VARIANTS[variant](**dict(d_in=4, d_sae=8) | SIZES[says])
 
 
 @pytest.mark.parametrize(("kind", "width"), [(SoftCutoffSAE, "s"), (JumpReLUSAE, "bandwidth")])
