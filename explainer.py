@@ -1707,7 +1707,7 @@ def kept_latents():
 @app.function
 def read_bytes(text):
     """What a model reads of a text: its first 128 bytes, at least two, (1, n)."""
-    return torch.tensor([list(f"{text:2}".encode()[:128])])
+    return torch.tensor([list(f"{text:2}".encode(errors="replace")[:128])])
 
 
 @app.function

@@ -159,9 +159,10 @@ class Model:
         """Save the first model, in float16, and SAEs of its own x, for `kept`."""
         halves = {name: weight.half() for name, weight in self.models[0].state_dict().items()}
         save_file(halves, folder / "language_model.safetensors")
+        saes = {kind: rescaled(sae, 1 / self.scaled[1][0]) for kind, sae in saes.items()}
         for kind, sae in saes.items():
             shutil.rmtree(folder / kind.lower(), ignore_errors=True)
-            save(rescaled(sae, 1 / self.scaled[1][0]), folder / kind.lower())
+            save(sae, folder / kind.lower())
 
     def smaller(self) -> list[dict]:
         """CE of smaller models, which read less in proportion: compute is 6 parameters x bytes."""

@@ -39,7 +39,7 @@ def remembered(file: Path, made: dict, measure: Callable[[], dict]) -> dict:
             return row
     row = made | measure()
     with file.open("a") as lines:
-        print(json.dumps(row, ensure_ascii=False), file=lines)
+        print(json.dumps(row), file=lines)  # in ASCII: a cut, or a line, ends between characters
     return row
 
 

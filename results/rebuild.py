@@ -36,15 +36,14 @@ def main(arguments: list[str] | None = None) -> None:
     files = sorted([*RESULTS.glob("*.py"), *RESULTS.parent.glob("*.py")])
     code = crc32(b"".join(file.read_bytes() for file in files))
     same = {"steps": args.steps, "code": code, "on": [sys.version.split()[0], torch.__version__]}
-    begun, page = args.out / "begun.jsonl", args.out / "README.md"
-    names = [args.part] if args.part else [*PARTS]
+    page, names = args.out / "README.md", [args.part] if args.part else [*PARTS]
 
     def remember(made, measure):
         """Rows, measured once by the same code: an interrupted rebuild goes on from here."""
         return remembered(begun, made | same, lambda: {"rows": list(measure())})["rows"]
 
     for name in names:
-        measured, shown = PARTS[name]
+        (measured, shown), begun = PARTS[name], args.out / f"{name}.begun.jsonl"
         for file, rows in {} if args.shown else measured(args.steps, args.out, remember).items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (args.out / f"{file}.jsonl").write_text("".join(lines))
@@ -53,7 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
         text = (page if page.exists() else RESULTS / "README.md").read_text()
         page.write_text(filled(text, places))
         print(*places.values(), sep="\n\n", end="\n\n")
-    begun.unlink(missing_ok=True)
+    for name in [] if args.shown else names:
+        (args.out / f"{name}.begun.jsonl").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -120,10 +120,9 @@ def test_activations_are_scaled_and_what_was_measured_is_remembered(tmp_path):
     seen = [set(map(tuple, torch.cat(part).tolist())) for part in (batches[:6], batches[6:12])]
     assert [len(s) for s in seen] == [384, 384]
     assert seen[0] != seen[1]
-    file, made = tmp_path / "a.jsonl", {"l1": 2}
+    file, made = tmp_path / "a.jsonl", {"l1": 2, "of": "γ\u2028"}
     for _ in range(2):  # the second time from the file
-        assert measure.remembered(file, made, lambda: {"l0": 5}) == {"l1": 2, "l0": 5}
-        made = {"l1": 2}
+        assert measure.remembered(file, made, lambda: {"l0": 5}) == made | {"l0": 5}
     with file.open("a") as lines:
         lines.write('{"l1": 3, "l')  # killed in the middle of a line
     assert measure.remembered(file, {"l1": 3}, lambda: {"l0": 4})["l0"] == 4
@@ -220,12 +219,13 @@ def test_an_interrupted_rebuild_goes_on(tmp_path, monkeypatch):
     monkeypatch.setitem(claims.PARTS, "toy", (claims.measured_toy, lambda read: (None, {"-": ""})))
     with pytest.raises(KeyboardInterrupt):
         rebuild.main(toy)
-    assert [file.name for file in tmp_path.iterdir()] == ["begun.jsonl"]
+    assert [file.name for file in tmp_path.iterdir()] == ["toy.begun.jsonl"]
+    rebuild.main([*toy, "--shown"])
     rebuild.main(toy)
     assert calls == [*claims.RUNS[:3], *claims.RUNS[2:]]
     rows = measure.read("runs", tmp_path)
     assert [(row["world"], row["variant"]) for row in rows] == claims.RUNS
-    assert not (tmp_path / "begun.jsonl").exists()
+    assert not [*tmp_path.glob("*begun*")]
 
 
 @pytest.mark.parametrize(
