@@ -40,8 +40,8 @@ def title():
     to use apart from *how strongly*, and is charged for the first alone.
 
     This page shows why, how it works, what it buys, and what it does not. It takes about forty
-    minutes, and you need PyTorch, not SAEs. Every section asks a question *before* its picture: an
-    answer, right or wrong, brings picture and explanation. The code folded away is that of
+    minutes, and you need PyTorch, not SAEs. Most pictures come *after* a question: an answer, right
+    or wrong, brings picture and explanation. The code folded away is mostly that of
     `gated_sae.py`, whose sections 2 to 10 have the numbers of this page.
     """)
     _asked = mo.md("\n".join(f"1. {question} ({n})" for question, n, _ in questions()))
@@ -68,8 +68,8 @@ def world_gist(everything, n_features, steps):
 
     An SAE sees the rows and nothing else. It has four *latents*. Latent $i$ has a direction
     $d_i$ of length 1, and on each row a coefficient $f_i \ge 0$; it *fires* where $f_i > 0$. The
-    $d_i$ together are the dictionary. The encoder computes the coefficients, the decoder adds the
-    directions up to the *reconstruction* $\hat x$; the biases $b$ are learned as well:
+    $d_i$ are the rows of $W_\text{dec}$, the dictionary. The encoder computes the coefficients, the
+    decoder adds the directions up to the *reconstruction* $\hat x$; weights and biases are learned:
 
     $$\begin{aligned} f &= \mathrm{ReLU}\big((x - b_\text{dec})\,W_\text{enc} + b_\text{enc}\big) \\
     \hat x &= \textstyle\sum_i f_i\, d_i + b_\text{dec} \end{aligned}$$
@@ -133,7 +133,7 @@ def shrink_gist(everything):
     _text = r"""
     ## 2 · Why L1 shrinks
 
-    Train for a close $\hat x$ alone, and every latent fires on everything. We want few to fire. But
+    Train for a close $\hat x$ alone, and each latent fires on half of all it sees. We want few. But
     a count has no gradient, so the standard SAE is charged for the *size* of its coefficients
     instead. That is the L1 penalty, and $\lambda$ is its weight. With $\mathbb E$ for the mean over
     rows, training lowers
@@ -198,7 +198,7 @@ def gate_gist(everything):
     ## 3 · What gating separates
 
     The penalty is needed for one bit per latent: *does it fire?* So split the encoder in two paths.
-    With $\mathbf 1[\cdot]$ for 1 where it holds and 0 where not,
+    With $\mathbf 1[\cdot]$ for 1 where it holds, 0 where not, and $\odot$ for elementwise product,
 
     $$\begin{aligned} \pi_\text{gate} &= (x - b_\text{dec})\,W_\text{enc} + b_\text{gate} \\
     \pi_\text{mag} &= (x - b_\text{dec})\,W_\text{mag} + b_\text{mag} \\
@@ -212,8 +212,8 @@ def gate_gist(everything):
     SAE give back, where it fires?
     - about 60%, like the Standard SAE | A Standard SAE has one path, which pays for its size. Here
       the path that says how strongly pays for nothing.
-    * about 100% | Magnitudes answer to the reconstruction alone, and the best reconstruction has no
-      bias.
+    * about 100% | Magnitudes answer to the reconstruction alone, and the best reconstruction is
+      neither too long nor too short.
     - about 140% | Nothing would gain by that: magnitudes answer to the reconstruction alone, and
       too long is as wrong as too short.
     """
@@ -467,7 +467,7 @@ def forty_gist():
 
 @app.function
 def forty_lines(W_dec, batches, l1, lr):
-    """A Gated SAE, and how it is trained. W_dec (d_sae, d_in): the directions to start from."""
+    """A Gated SAE and its training. W_dec (d_sae, d_in): the directions to start from; l1: λ."""
     d_sae, d_in = W_dec.shape
     W_enc = W_dec.T.clone()
     b_dec, b_gate, b_mag, r_mag = (torch.zeros(n) for n in (d_in, d_sae, d_sae, d_sae))
@@ -567,7 +567,7 @@ def norms_picture(ask_7, measured, norms_aux, norms_history, norms_panel, norms_
         norms_sentence(_chosen, _end["norm"].item(), _end["step"], _ratio),
         "with a norm-weighted penalty, freeze the decoder in both L_aux and the penalty, or in "
         "neither. Frozen in L_aux alone, the norms collapse: shorter d_i are cheaper, exp(r_mag) "
-        "makes up for them, and L_aux, frozen, passes no gradient. It is left to let π_gate grow, "
+        "makes up for them, and L_aux, frozen, gives d_i no gradient. It can only let π_gate grow, "
         "so gates open that should not. Frozen in the penalty alone, the norms swell: L_aux wants "
         "d_i longer, and length is free.",
         The_code=source(gated_sae.PENALTIES["norm_live"], gated_sae.PENALTIES["norm_frozen"]),
@@ -920,8 +920,8 @@ def jump_gist(everything):
 
     Which latents of an SAE matter to a model's output? Patching answers: change one, run the model,
     look. That takes a run per latent. *Attribution* answers for all at once, from gradients.
-    *Integrated gradients* (IG) add the gradient up along the straight path from 0 to $z$, the
-    pre-activation of a latent; for a continuous function they sum to the change of the output.
+    *Integrated gradients* (IG) add the gradient up along the straight path from 0 to $z$, here the
+    $\pi_\text{mag}$ of a latent; for a continuous function they sum to the change of the output.
 
     A JumpReLU is not continuous. Apart from its jump it has the slopes of a ReLU shifted by
     $\theta$:
