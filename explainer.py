@@ -714,7 +714,7 @@ def live_form(ask_9, live_steps):
 
     Five λ each, 40 features in 20 dimensions; for longer, if you like, or with another seed.
     """)
-    _steps = mo.ui.slider(50, 1000, 50, value=live_steps, show_value=True)
+    _steps = slider(live_steps, 50, 1000, 50)
     _form = mo.md("training steps {steps} seed {seed}")
     _form = _form.batch(steps=_steps, seed=mo.ui.number(0, 999, value=0))
     live = _form.form(submit_button_label="Train", bordered=True)
@@ -785,10 +785,8 @@ def real_reading(model, on_corpus, saes, typed):
         on_text = {kind: sae.encode(x_typed) for kind, sae in saes.items()}
     _rates = 100 * (on_corpus["Gated"] > 0).float().mean(0)
     _top = (on_text["Gated"].sum(0) * (_rates < 5)).topk(8).indices.tolist()
-    latent = mo.ui.dropdown(
-        {f"{i}, which fires on {_rates[i]:.1f}% of bytes": i for i in _top},
-        value=f"{_top[0]}, which fires on {_rates[_top[0]]:.1f}% of bytes",
-    )
+    _named = {f"{i}, which fires on {_rates[i]:.1f}% of bytes": i for i in _top}
+    latent = mo.ui.dropdown(_named, value=next(iter(_named)))
     controls({"of Gated's rarer latents, by how strongly they fire here": latent})
     return ids, latent, on_text, x_typed
 
@@ -896,7 +894,7 @@ def recovered_gist(everything):
 
 
 @app.cell(hide_code=True)
-def recovered_picture(ablation, ask_11, measured, recovered_panel, spoken):
+def recovered_picture(ablation, ask_11, recovered_panel, spoken):
     _key, _title = f"recovered_{ablation.value}", f"loss recovered, {ablation.value} ablation"
     _lowest = min(row[f"recovered_{a}"] for row in spoken["table"] for a in ("zero", "mean"))
     picture(
@@ -907,7 +905,7 @@ def recovered_picture(ablation, ask_11, measured, recovered_panel, spoken):
         "move, and none overtakes another.",
         recovered_sentence(spoken),
         "always ask which ablation a loss recovered is measured against: it moves every score, and "
-        "never decides between two SAEs. ",
+        "never decides between two SAEs.",
         The_code=source(gated_sae.loss_recovered),
     )
     return
@@ -1070,10 +1068,9 @@ def ask(text, everything):
 
 
 @app.function
-def slider(value, start=None, stop=None, step=None, steps=None):
+def slider(value, *span, **steps):
     """From start to stop, or one of the given steps; pictures follow while it is dragged."""
-    span = {"steps": steps} if steps else {"start": start, "stop": stop, "step": step}
-    return mo.ui.slider(value=value, show_value=True, **span)
+    return mo.ui.slider(*span, value=value, show_value=True, **steps)
 
 
 @app.function
@@ -1135,9 +1132,9 @@ def panel(chart, height=260, width="container"):
 
 
 @app.function
-def axis(channel, title, ticks=6, field=None, **scale):
+def axis(channel, title, ticks=6, **scale):
     """An axis of numbers: alt.X or alt.Y, and its scale."""
-    field = field or ("x" if channel is alt.X else "y")
+    field = "x" if channel is alt.X else "y"
     of = alt.Axis(values=ticks) if isinstance(ticks, list) else alt.Axis(tickCount=ticks)
     return channel(f"{field}:Q", title=title, axis=of, scale=alt.Scale(**scale))
 
@@ -1369,8 +1366,7 @@ def gradient_flow(sae, x, l1):
     terms = {"L_reconstruct": reconstruct, "λ L_sparsity": l1 * sparsity, "L_aux": aux}
     names, flow, d = ("W_enc", "b_gate", "r_mag", "b_mag", "W_dec", "b_dec"), {}, sae.W_dec.detach()
     for (term, value), name in itertools.product(terms.items(), names):
-        grad = torch.zeros_like(getattr(sae, name))
-        grad = gradient(sae, value, name) if value.requires_grad else grad
+        grad = gradient(sae, value, name) if value.requires_grad else torch.zeros(())
         if name == "W_dec":
             along = (grad * d).sum(-1, keepdim=True) * d
             flow["along", term], grad = along.norm().item(), grad - along
@@ -1465,11 +1461,11 @@ def edited(code, changes):
 
 
 @app.function
-def forty_run(forty_lines, n, steps=400, l1=0.8):
+def forty_run(forty_lines, n, steps=400):
     """What forty lines, as they are or edited, make of Flatland."""
     first = random_directions(n, 2, torch.Generator().manual_seed(5))
     batches = itertools.islice(flatland(n).batches(256, seed=0), steps)
-    parameters, _ = forty_lines(first, batches, l1, 3e-2)
+    parameters, _ = forty_lines(first, batches, 0.8, 3e-2)
     names = "W_dec", "W_enc", "b_dec", "b_gate", "b_mag", "r_mag"
     state = {name: p.detach() for name, p in zip(names, parameters, strict=True)}
     sae = measure.sae_with(state)
@@ -1532,16 +1528,13 @@ def latent_sentence(b_gate, theta, same):
 @app.function
 def norms_chart(histories, chosen):
     """Mean length of the d_i over training, a line for each setting."""
-    values = [
-        {"what": name, "x": point["step"], "y": point["norm"][0].item()}
-        for name, history in histories.items()
-        for point in history
-    ]
+    steps = [point["step"] for point in histories[chosen]]
+    of = {name: [point["norm"][0] for point in history] for name, history in histories.items()}
     colours = [PALETTE["Gated"][0] if name == chosen else GREY for name in histories]
     looks = zip(colours, ("circle", "square", "cross", "diamond"), strict=True)
     y = axis(alt.Y, "mean length of d_i", [0.05, 0.1, 0.2, 0.5, 1, 2, 5], type="log")
     thick = alt.condition(f"datum.what == '{chosen}'", alt.value(4), alt.value(2))
-    x = axis(alt.X, "training step")
+    values, x = rows_of(of, steps), axis(alt.X, "training step")
     return panel(lines(values, x, y, looks, dots=30, named=[chosen], strokeWidth=thick), 300)
 
 

@@ -105,8 +105,8 @@ def test_the_forty_lines_are_forty_and_each_edit_changes_them():
         shown, run = explainer.edited(code, changes)
         assert all(old in code for old, _ in changes)
         assert (run != code) == (name != "as it is") == shown.startswith("```diff") == bool(changes)
-        scope = {"torch": torch, "why": why}
-        exec(run, scope)
+        assert len(why) > 40
+        exec(run, scope := {"torch": torch})
         found[name] = explainer.forty_run(scope["forty_lines"], 4, steps=200)
     assert (whole := found["as it is"])["given back"] == "100%"
     assert float(found["drop L_aux"]["L0"]) < 0.02 < 0.1 < float(whole["L0"])
