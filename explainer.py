@@ -467,7 +467,7 @@ def forty_gist():
 
 @app.function
 def forty_lines(W_dec, batches, l1, lr):
-    """A Gated SAE and its training. W_dec (d_sae, d_in): the directions to start from; l1: λ."""
+    """Train a Gated SAE from the directions W_dec (d_sae, d_in); l1 is λ."""
     d_sae, d_in = W_dec.shape
     W_enc = W_dec.T.clone()
     b_dec, b_gate, b_mag, r_mag = (torch.zeros(n) for n in (d_in, d_sae, d_sae, d_sae))
@@ -498,17 +498,28 @@ def forty_lines(W_dec, batches, l1, lr):
             W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec
             optimizer.step()
             W_dec /= W_dec.norm(dim=-1, keepdim=True)
-    return parameters, (reconstruct, sparsity, aux)
+        yield parameters, (reconstruct, sparsity, aux)
 
 
 @app.cell(hide_code=True)
 def forty_picture(edit, n_features):
-    _text, _code = edited(inspect.getsource(forty_lines), edits()[edit.value][0])
-    _rows = {"as it is": forty_run(forty_lines, n_features)}
-    _scope = {"torch": torch}
-    exec(_code, _scope)  # of the edits above, none of what a visitor types
-    _rows[edit.value] = forty_run(_scope["forty_lines"], n_features)
-    mo.vstack([mo.md(_text), forty_table(_rows), mo.callout(mo.md(edits()[edit.value][1]), "info")])
+    _changes, _why = edits()[edit.value]
+    _text, _code = edited(inspect.getsource(forty_lines), _changes)
+    exec(_code, _scope := {"torch": torch})  # of the edits, none of what a visitor types
+    _runs = {"as it is": forty_run(forty_lines, n_features)}
+    if _changes:
+        _runs[edit.value] = forty_run(_scope["forty_lines"], n_features)
+    _table = measure.as_markdown([{"": name} | row for name, (row, _) in _runs.items()])
+    picture(
+        None,
+        mo.md(f"{_text}\n\n{_table}"),
+        errors_chart(_runs),
+        "Table: on fresh rows of Flatland, 0.2 features a row, at λ = 0.8; variance unexplained, "
+        "the share of a lone feature's strength that comes back, by how much the worst direction "
+        "is off. Picture: `reconstruct` while training, means of ten steps.",
+        _why,
+        How_training_starts=source(gated_sae.start),
+    )
     return
 
 
@@ -742,13 +753,7 @@ def live_picture(ask_9, live, live_steps, runs):
             "MCC: mean cosine of true and learned directions, matched one to one; F1: of latents "
             f"as detectors; in the plain world at FVU 0.2.\n\n{measure.as_markdown(_truth)}"
         ),
-        How_training_starts=mo.md(r"""
-        With $W_\text{enc} = W_\text{dec}^\top$ and half of all gates open, random directions add
-        up to $d_\text{sae} / (2\, d_\text{in})$ times $x$: for a wide SAE far too much, as in the
-        last edit of the forty lines. So the encoder starts a tenth as long, and each gate opens at
-        two standard deviations of its $z$. (In Flatland the factor is about 1 and left alone.)
-        """),
-        The_code_of_a_step=source(gated_sae.start, gated_sae.step_on_unit_norm),
+        The_code_of_a_step=source(gated_sae.step_on_unit_norm),
     )
     return
 
@@ -1147,24 +1152,18 @@ def rows_of(curves, x):
 
 
 @app.function
-def lines(values, x, y, looks, dots=0, named=None, **more):
+def lines(values, x, y, looks, dots=0, legend=True, **more):
     """Lines against two axes; looks: (colour, shape or dashes) of each, in their order.
-    With dots of some size, the lines differ by the shape of these, and else by dashes. A legend
-    names them, or else those `named` have their names at their ends."""
+    With dots of some size, the lines differ by the shape of these, and else by dashes."""
     names, (colours, forms) = list({row["what"]: 0 for row in values}), zip(*looks, strict=True)
-    legend = alt.Legend(title=None, orient="top", labelLimit=400, columns=len(names) % 4)
-    legend = legend if named is None else None
+    top = alt.Legend(title=None, orient="top", labelLimit=400, columns=len(names) % 4)
+    legend = top if legend else None
     colour = alt.Color("what:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
     form = alt.Shape if dots else alt.StrokeDash
     forms = form("what:N", scale=alt.Scale(domain=names, range=forms), legend=legend)
     point = alt.OverlayMarkDef(size=dots, filled=True) if dots else False
     chart = alt.Chart(alt.Data(values=values)).mark_line(clip=True, point=point)
-    chart = chart.encode(x, y, colour, forms, **{"strokeWidth": alt.value(3)} | more)
-    if not named:
-        return chart
-    last = {row["what"]: row for row in values if row["what"] in named}
-    ends = alt.Chart(alt.Data(values=[*last.values()])).encode(x, y, colour, text="what:N")
-    return chart + ends.mark_text(align="right", dx=-2, dy=-12, fontSize=12)
+    return chart.encode(x, y, colour, forms, **{"strokeWidth": alt.value(3)} | more)
 
 
 @app.function
@@ -1272,13 +1271,11 @@ def superposition_chart(W_dec):
 def superposition_sentence(step, degrees, at_end):
     """How far each true direction is from the nearest learned one: now, and of each start."""
     n, found = word(len(degrees)), (at_end.amax(-1) < 10).tolist()
-    lost = [str(start) for start, good in enumerate(found) if not good]
+    lost = ", ".join(str(start) for start, good in enumerate(found) if not good)
     return (
         f"After **{step}** training steps, the {n} true directions are {degrees.min():.0f}° to "
         f"{degrees.max():.0f}° away from the nearest learned one. At the end, **{sum(found)} of "
-        f"{len(found)}** starts have found all {n} to within 10°"
-        + f" (not {', '.join(lost)})."
-        * bool(lost)
+        f"{len(found)}** starts have found all {n} to within 10°{f' (not {lost})' if lost else ''}."
     )
 
 
@@ -1340,7 +1337,7 @@ def gates_chart(history, i):
     of = {f"latent {k + 1}": [point["rates"][i, k] for point in history] for k in range(n)}
     y = axis(alt.Y, "share of rows on which it fires", domain=[0, 0.06], clamp=True)
     looks = [(PALETTE["Gated"][0], [1, 0])] * n
-    drawn = lines(rows_of(of, steps), axis(alt.X, "training step"), y, looks, named=())
+    drawn = lines(rows_of(of, steps), axis(alt.X, "training step"), y, looks, legend=False)
     return panel(rule(y=0.05) + drawn)
 
 
@@ -1443,7 +1440,9 @@ def edits():
         "d_in = 4096 it would weigh 4096 times as much.",
         "Projected when it has been used, the gradient still moves the lengths. They are brought "
         "back to 1, so it hardly shows here; but Adam's averages hear of what is never kept.",
-        "Reconstructions begin ten times too long, and training has to undo it first.",
+        "Reconstructions begin ten times too long, and training has to undo it. A wide SAE does so "
+        "by itself: from W_enc = W_decᵀ, half of the gates open, x̂ is d_sae / (2 d_in) times too "
+        "long. So `gated_sae.py` starts W_enc a tenth as long, and gates at z = 2 √E z².",
     ]
     return dict(zip(changes, zip(changes.values(), why, strict=True), strict=True))
 
@@ -1462,29 +1461,30 @@ def edited(code, changes):
 
 @app.function
 def forty_run(forty_lines, n, steps=400):
-    """What forty lines, as they are or edited, make of Flatland."""
+    """What forty lines, as they are or edited, make of Flatland, and their errors on the way."""
     first = random_directions(n, 2, torch.Generator().manual_seed(5))
     batches = itertools.islice(flatland(n).batches(256, seed=0), steps)
-    parameters, _ = forty_lines(first, batches, 0.8, 3e-2)
+    way = [(p, losses[0].item()) for p, losses in forty_lines(first, batches, 0.8, 3e-2)]
     names = "W_dec", "W_enc", "b_dec", "b_gate", "b_mag", "r_mag"
-    state = {name: p.detach() for name, p in zip(names, parameters, strict=True)}
+    state = {name: p.detach() for name, p in zip(names, way[-1][0], strict=True)}
     sae = measure.sae_with(state)
     m = gated_sae.evaluate(sae, [next(flatland(n).batches(20_000, seed=1))])
     true, found = lone_strengths(measure.sae_with({k: v[None] for k, v in state.items()}))
     on = found[:, 0] > 0
     back = f"{100 * found[on, 0].sum() / true[on].sum():.0f}%" if on.any() else "-"
     off = misses(state["W_dec"]).max()
-    return {"L0": f"{m.l0:.2f}", "FVU": f"{m.fvu:.3f}", "given back": back, "off by": f"{off:.1f}°"}
+    row = {"L0": f"{m.l0:.2f}", "FVU": f"{m.fvu:.3f}", "given back": back, "off by": f"{off:.1f}°"}
+    return row, [error for _, error in way]
 
 
 @app.function
-def forty_table(rows):
-    table = measure.as_markdown([{"": name} | row for name, row in rows.items()])
-    return mo.md(
-        f"{table}\n\n*On fresh rows of Flatland at λ = 0.8, where 0.2 features are there on a row: "
-        "latents that fire, variance unexplained, the share of a lone feature's strength that "
-        "comes back, and by how much the worst direction is off.*"
-    )
+def errors_chart(runs):
+    """Errors over training, ten steps at a time: as it is, and edited."""
+    of = {name: torch.tensor(errors).view(-1, 10).mean(-1) for name, (_, errors) in runs.items()}
+    steps = range(5, 10 * len(of["as it is"]), 10)
+    looks = [(GREY, [6, 4]), (PALETTE["Gated"][0], [1, 0])][: len(of)]
+    axes = axis(alt.X, "training step"), axis(alt.Y, "reconstruct", type="log")
+    return panel(lines(rows_of(of, steps), *axes, looks), 200)
 
 
 @app.function
@@ -1534,8 +1534,10 @@ def norms_chart(histories, chosen):
     looks = zip(colours, ("circle", "square", "cross", "diamond"), strict=True)
     y = axis(alt.Y, "mean length of d_i", [0.05, 0.1, 0.2, 0.5, 1, 2, 5], type="log")
     thick = alt.condition(f"datum.what == '{chosen}'", alt.value(4), alt.value(2))
-    values, x = rows_of(of, steps), axis(alt.X, "training step")
-    return panel(lines(values, x, y, looks, dots=30, named=[chosen], strokeWidth=thick), 300)
+    values, x, (*_, end) = rows_of(of, steps), axis(alt.X, "training step"), of[chosen]
+    name = points([(chosen, 0, (steps[-1], float(end)))], x, y).encode(text="what:N")
+    name = name.mark_text(align="right", dy=16 if end < 1 else -14, color=PALETTE["Gated"][0])
+    return panel(lines(values, x, y, looks, 30, legend=False, strokeWidth=thick) + name, 300)
 
 
 @app.function
@@ -1692,9 +1694,10 @@ def kept_latents():
     """A text that nobody has trained on, a model, its SAEs' latents on that text, and the SAEs."""
     model, saes = language.kept()
     corpus = language.in_rows(language.english()[1], 128)
-    x = torch.cat([*gated_sae.harvest(model, model.mlp, corpus.split(64))])
+    x = [*gated_sae.harvest(model, model.mlp, corpus.split(64))]
     with torch.no_grad():
-        return corpus, model, {kind: sae.encode(x) for kind, sae in saes.items()}, saes
+        on_corpus = {kind: torch.cat([*map(sae.encode, x)]) for kind, sae in saes.items()}
+    return corpus, model, on_corpus, saes
 
 
 @app.function
@@ -1840,14 +1843,17 @@ def language_sentence(rows):
 @app.function
 def spliced_chart(found, key, title, levels=(), **scale):
     """A column of the language model's table against L0; levels: (number, name), drawn across."""
-    values = [{key: level, "name": name} for level, name in levels]
-    names = alt.Chart(alt.Data(values=values)).encode(y=f"{key}:Q", text="name:N")
-    names = names.mark_text(align="left", dx=4, dy=9, x=0, color=GREY)
+    across = []
+    for level, name in levels:
+        named = alt.Chart(alt.Data(values=[{key: level}])).encode(
+            y=f"{key}:Q", text=alt.value(name)
+        )
+        dy = -7 if level == min(levels)[0] else 9
+        across += [rule(y=level), named.mark_text(align="left", dx=4, dy=dy, x=0, color=GREY)]
     curves = measure.curves(found["table"], key, title, per="byte", log=False)
     curves = curves.encode(alt.Y(f"{key}:Q", title=title, scale=alt.Scale(zero=False, **scale)))
     tips = [alt.Tooltip(f"{k}:Q", format=".3f") for k in ("l0", key)]
-    across = [rule(y=level) for level, _ in levels]
-    return panel(alt.layer(*across, names, curves.encode(tooltip=["variant:N", *tips])), 280)
+    return panel(alt.layer(*across, curves.encode(tooltip=["variant:N", *tips])), 280)
 
 
 @app.function

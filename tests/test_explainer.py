@@ -86,7 +86,7 @@ def test_the_forty_lines_are_the_module(seed, steps, monkeypatch):
     record = [trainer.step(x) for x in batches][-1]
     torch.set_default_dtype(torch.float64)
     try:
-        parameters, losses = explainer.forty_lines(first, batches, 0.3, 0.01)
+        *_, (parameters, losses) = explainer.forty_lines(first, batches, 0.3, 0.01)
     finally:
         torch.set_default_dtype(torch.float32)
     assert [v.item() for v in losses] == pytest.approx([v.item() for v in record.losses], abs=1e-12)
@@ -107,7 +107,8 @@ def test_the_forty_lines_are_forty_and_each_edit_changes_them():
         assert (run != code) == (name != "as it is") == shown.startswith("```diff") == bool(changes)
         assert len(why) > 40
         exec(run, scope := {"torch": torch})
-        found[name] = explainer.forty_run(scope["forty_lines"], 4, steps=200)
+        found[name], errors = explainer.forty_run(scope["forty_lines"], 4, steps=200)
+        assert len(errors) == 200
     assert (whole := found["as it is"])["given back"] == "100%"
     assert float(found["drop L_aux"]["L0"]) < 0.02 < 0.1 < float(whole["L0"])
     assert float(found["encoder ten times too long"]["FVU"]) > float(whole["FVU"])
@@ -256,10 +257,7 @@ SENTENCES = [
     ("shrinkage", 0.8, TRUE, SHRUNK, "λ/2 = **0.40**|took **0.40**|lies 0.000 from"),
     ("shrinkage", 0.8, TRUE, (TRUE - 0.5).relu(), "took **0.50**"),
     (
-        "strengths",
-        0.6,
-        TRUE,
-        FOUND,
+        *("strengths", 0.6, TRUE, FOUND),
         "on 100% (Standard) and 75% (Gated)|**Standard 50%** and **Gated 100%**",
     ),
     (
@@ -273,12 +271,7 @@ SENTENCES = [
     ("norms", "norms live, aux frozen", 0.1, 200, 2.09, NORMS + "collapsed"),
     ("norms", "norms live, aux frozen", 1.1, 200, 2.09, NORMS + "stayed"),
     ("norms", "norms live, aux frozen", 3.0, 200, 2.09, NORMS + "swelled"),
-    (
-        "two_vectors",
-        60,
-        explainer.two_vectors(60, 0.5),
-        "γ = **1.00**|0.25 x|not reciprocal|of 60°",
-    ),
+    ("two_vectors", 60, explainer.two_vectors(60, 0.5), "γ = **1.00**|0.25 x|not reciprocal|60°."),
     ("two_vectors", 0, explainer.two_vectors(0, 0.5), "γ = **0.50**|are reciprocal|**1.00**, is"),
     ("two_vectors", 85, explainer.two_vectors(85, 0.5), "γ = **5.74**|x̂ is too long, even if"),
     (
