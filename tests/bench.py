@@ -1,4 +1,4 @@
-"""How fast, and how large? `python tests/bench.py [--quick | --cuda]`; with peers, if installed.
+"""How fast, and how large? `python tests/bench.py [--quick] [--cuda] [--store FILE]`: see `speed`.
 How good? `python tests/bench.py quality ACTIVATIONS.npy`, `quality synthetic`, `synth`: see below.
 
 Ratios only: each row's competitors take turns within one process. A time is a full training step
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import io
 import itertools
+import json
 import logging
 import math
 import resource
@@ -123,14 +124,16 @@ def whole_run(x, W_dec, bias):
 
 
 RUNS = {
-    "evaluate": evaluated,
-    "whole run": whole_run,
+    "ours": partial(ours, fast_losses),
     "sparse": partial(ours, partial(fast_losses, sparse=True)),
     "dense": partial(ours, dense),
-    "product": lambda x, W_dec, bias: partial(torch.matmul, other=W_dec.T.contiguous()),
+    "encoder's product": lambda x, W_dec, bias: partial(torch.matmul, other=W_dec.T.contiguous()),
+    "evaluate": evaluated,
+    "whole run": whole_run,
     "SAELens": saelens,
     "dictionary-learning": dictionary_learning,
 }
+PEERS = "SAELens", "dictionary-learning"
 
 
 def runs_here(name):
@@ -149,7 +152,7 @@ def interleaved(runs, x, seconds):
     for run in runs.values():
         run(x), run(x)
     times, end = {name: [] for name in runs}, time.perf_counter() + seconds
-    while time.perf_counter() < end or any(len(t) < 3 for t in times.values()):
+    while time.perf_counter() < end or any(len(t) < 7 for t in times.values()):
         for name, run in runs.items():
             start = time.perf_counter()
             run(x)
@@ -158,10 +161,13 @@ def interleaved(runs, x, seconds):
     return times
 
 
-def ratio(times, name, base):
-    """As "median (of minima)": how many times as long `name` takes as `base`."""
-    a, b = times[name], times[base]
-    return f"{median(a) / median(b):8.2f} ({min(a) / min(b):.2f})"
+def in_ours(size, found):
+    """A row of the table: what each needs, in what ours does. found: {name: (seconds, bytes)}."""
+    seconds, held = found["ours"]
+    row = {"batch, d_in, d_sae, L0": ", ".join(map(str, size))}
+    row |= {name: f"{s / seconds:.2f}" for name, (s, _) in found.items() if name != "ours"}
+    peers = {name: peak for name, (_, peak) in found.items() if name in PEERS}
+    return row | {f"memory, {name}": f"{peak / held:.1f}" for name, peak in peers.items()}
 
 
 def apart(call, before="import sys; sys.path.append('tests'); from bench import *"):
@@ -183,7 +189,7 @@ def print_memory(name, size):
 
 
 def stacked(x, W_dec, bias):
-    """A step of twelve in a stack, in that of twelve alone, on one thread."""
+    """How many times as long twelve steps alone take as one of twelve in a stack, on one thread."""
     alone = [ours(fast_losses, x, W_dec, bias) for _ in range(12)]
     runs = {"stack": ours(fast_losses, x, W_dec, bias, 12)}
     runs["alone"] = lambda x: [step(x) for step in alone]
@@ -191,7 +197,7 @@ def stacked(x, W_dec, bias):
     torch.set_num_threads(1)
     times = interleaved(runs, x, 5)
     torch.set_num_threads(threads)
-    return ratio(times, "stack", "alone")
+    return median(times["alone"]) / median(times["stack"])
 
 
 def sweep(steps):
@@ -211,44 +217,58 @@ def sweep(steps):
     return (time.perf_counter() - middle) / (middle - start)
 
 
-def on_cuda():
-    """Steps and peaks one after the other, for memory's sake; all but "sparse" in bfloat16."""
-    names = [name for name in RUNS if runs_here(name)]
-    for size in CUDA_SIZES:
+def on_cuda(names, quick):
+    """Steps and peaks one after the other, for memory's sake; "dense" and the peers in bfloat16."""
+    for size in CUDA_SIZES[: 1 if quick else 2]:
         (x, W_dec, bias), found = problem(*size), {}
-        print(
-            "\n{}: batch {}, d_in {}, d_sae {}, L0 {}".format(torch.cuda.get_device_name(), *size)
-        )
         for name in names:
             torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
             times = interleaved({name: RUNS[name](x, W_dec, bias)}, x, 2)[name]
             found[name] = median(times), torch.cuda.max_memory_allocated() - held
-        for name, (seconds, peak) in found.items():
-            ratios = seconds / found["sparse"][0], peak / found["sparse"][1]
-            print(f"    {name + ' / sparse':32}{ratios[0]:8.2f}, peak memory {ratios[1]:.2f}")
+        yield in_ours(size, found)
 
 
-def main(quick):
-    seconds, steps = (2, 100) if quick else (8, 400)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    names = [name for name in RUNS if runs_here(name)]
-    print("\ntime of a step; in parentheses, of the shortest steps")
+def on_cpu(names, quick):
     for size in SIZES[: 3 if quick else 4]:
         x, W_dec, bias = problem(*size)
-        times = interleaved({name: RUNS[name](x, W_dec, bias) for name in names}, x, seconds)
-        memory = {n: int(apart(f"print_memory({n!r}, {size})")) for n in names if n != "product"}
-        print("\nbatch {}, d_in {}, d_sae {}, L0 {}".format(*size))
-        for name, base in [(n, b) for b in ("sparse", "dense") for n in names if n != b]:
-            print(f"    {name + ' / ' + base:32}{ratio(times, name, base)}")
-        for name, peak in memory.items():
-            print(f"    {'peak memory, sparse / ' + name:32}{memory['sparse'] / peak:8.2f}")
-    print("12 in a stack / 12 alone, one thread, the first size:" + stacked(*problem(*SIZES[0])))
+        times = interleaved({n: RUNS[n](x, W_dec, bias) for n in names}, x, 2 if quick else 20)
+        weighed = [name for name in names if name in ("ours", *PEERS)]
+        peaks = {name: int(apart(f"print_memory({name!r}, {size})")) for name in weighed}
+        yield in_ours(size, {name: (median(times[name]), peaks.get(name)) for name in names})
+    yield from besides(names, 100 if quick else 400)
+
+
+def besides(names, steps):
+    """What no table of sizes shows."""
+    found = {"twelve steps alone, in one of twelve in a stack": stacked(*problem(*SIZES[0]))}
     if "SAELens" in names:
         wide = (2048, 512, 65536, 64)
-        peaks = [int(apart(f"print_memory({n!r}, {wide})")) for n in ("whole run", "SAELens")]
-        print(f"d_sae 65536: peak memory, a whole run / SAELens {peaks[0] / peaks[1]:.2f}")
-        print(f"12 λ, 64 x 256, batch 512, {steps} steps: SAELens / ours {sweep(steps):.2f}")
+        peaks = [int(apart(f"print_memory({n!r}, {wide})")) for n in ("SAELens", "whole run")]
+        found["SAELens's memory, d_sae 65536, in that of a whole run"] = peaks[0] / peaks[1]
+        found[f"SAELens's {steps} steps at twelve λ, in ours"] = sweep(steps)
+    for what, ratio in found.items():
+        yield {"besides": what, "times": f"{ratio:.2f}"}
+
+
+def speed(quick, store):
+    """Tables, with the peers that are installed; the rows go to `store`, results/speed.jsonl, say,
+    in place of those of a machine of the same name."""
+    names = [name for name in RUNS if name != "whole run" and runs_here(name)]
+    on = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
+    rows = [{"on": on} | row for row in (on_cuda if DEVICE == "cuda" else on_cpu)(names, quick)]
+    print(f"torch {torch.__version__}, {on}", *speed_tables(rows), sep="\n\n")
+    if store:
+        kept = map(json.loads, store.read_text().splitlines() if store.exists() else [])
+        rows = [*(row for row in kept if row["on"] != on), *rows]
+        store.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def speed_tables(rows):
+    """For each machine one of sizes, and one of what is besides."""
+    for of in dict.fromkeys((row["on"], "besides" in row) for row in rows):
+        same = [row for row in rows if (row["on"], "besides" in row) == of]
+        yield as_markdown([{k: v for k, v in row.items() if k != "on"} for row in same])
 
 
 # -- How good, beside peers ------------------------------------------------------------------------
@@ -542,7 +562,7 @@ if __name__ == "__main__":
     for name, value in (SIZE | {"seeds": 1}).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="quality")
     parser.add_argument("--samples", type=float, default=200e6, help="synth")
-    parser.add_argument("--store", type=Path, help="of quality: default FILE.npy.quality.jsonl")
+    parser.add_argument("--store", type=Path, help="of rows; of quality: FILE.npy.quality.jsonl")
     args = parser.parse_args()
     if args.what[:1] == ["quality"] and len(args.what) > 1:
         size, data = {name: getattr(args, name) for name in SIZE}, args.what[1]
@@ -553,4 +573,4 @@ if __name__ == "__main__":
     elif args.what:
         parser.error(f"got {args.what}, expected quality FILE.npy|synthetic [NAME ...], or synth")
     else:
-        on_cuda() if args.cuda else main(args.quick)
+        speed(args.quick, args.store)

@@ -101,8 +101,10 @@ def test_the_two_commands_stand_alone_on_their_lines():
         assert f"\n    pip install -r requirements.txt && {command}\n" in README
 
 
-def test_the_result_is_the_one_computed_and_links_and_pictures_exist():
+def test_results_are_those_computed_and_links_and_pictures_exist():
     runs = [*measure.read("runs"), *measure.read("language")]
-    assert claims.verdict(runs) in " ".join(README.split())
+    assert claims.verdict(runs) in (said := " ".join(README.split()))
+    steps = [float(row["SAELens"]) for row in measure.read("speed") if "dense" in row]
+    assert f"the time of a step, {min(steps):.2g} to {max(steps):.2g} times shorter" in said
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target

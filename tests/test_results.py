@@ -17,9 +17,7 @@ from results import claims, language, measure, rebuild
 ROOT = Path(__file__).parent.parent
 PAGE = (measure.RESULTS / "README.md").read_text()
 RUNS, LANGUAGE = measure.read("runs"), measure.read("language")
-CLAIMS = [
-    f"{part}{i}" for part, n in zip("SGAD", (7, 8, 9, 4), strict=True) for i in range(1, n + 1)
-]
+CLAIMS = [f"{part}{i + 1}" for part, n in zip("SGAD", (7, 8, 9, 4), strict=True) for i in range(n)]
 
 
 def made_up_table():
@@ -89,22 +87,11 @@ def test_the_committed_runs_are_of_these_experiments():
     assert {row["seed"] for row in LANGUAGE} == set(range(3))
 
 
-@pytest.mark.parametrize("name", claims.PARTS)
-def test_the_page_and_its_pictures_are_of_the_committed_numbers(name):
-    """As `rebuild.py --shown` would draw them."""
-    picture, places = claims.PARTS[name][1](measure.read)
-    assert rebuild.filled(PAGE, places) == PAGE
-    assert all(PAGE.count(f"<!-- {place} -->") == 1 for place in places)
-    if picture:
-        assert (measure.RESULTS / f"{name}.svg").read_text().startswith("<svg")
-
-
-def test_the_tables_of_peers_are_of_the_committed_numbers():
+def test_the_tables_of_peers_and_of_speed_are_of_the_committed_numbers():
     peers = measure.read("peers")
-    for data in ("layer2", "synthetic"):
-        table = bench.quality_table([row for row in peers if row["data"] == data])
-        assert rebuild.filled(PAGE, {data: table}) == PAGE
-        assert PAGE.count(f"<!-- {data} -->") == 1
+    kinds = [[row for row in peers if row["data"] == data] for data in ("layer2", "synthetic")]
+    for table in (*map(bench.quality_table, kinds), *bench.speed_tables(measure.read("speed"))):
+        assert PAGE.count(table) == 1
 
 
 def test_activations_are_scaled_and_what_was_measured_is_remembered(tmp_path):
@@ -198,11 +185,16 @@ def run(*arguments, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
-def test_the_page_is_drawn_from_what_is_there(tmp_path):
+def test_the_page_and_its_pictures_are_drawn_from_the_committed_numbers(tmp_path):
     done = run("--shown", "--out", str(tmp_path / "out"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "README.md").read_text() == PAGE
     assert "At equal FVU" in done.stdout
+    for shown in done.stdout.strip().split("\n\n"):
+        assert PAGE.count(f" -->\n\n{shown}\n\n<!-- /") == 1
+    drawn, kept = (sorted(folder.glob("*.svg")) for folder in (tmp_path / "out", measure.RESULTS))
+    assert [picture.name for picture in drawn] == [picture.name for picture in kept]
+    assert all(picture.read_text().startswith("<svg") for picture in (*drawn, *kept))
 
 
 def test_an_interrupted_rebuild_goes_on(tmp_path, monkeypatch):
@@ -228,10 +220,8 @@ def test_an_interrupted_rebuild_goes_on(tmp_path, monkeypatch):
     assert not [*tmp_path.glob("*begun*")]
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--steps", "many"], ["--steps", "0"], ["--stops", "3"], ["rebuilt"]]
-)
-def test_bad_usage_is_told_and_exits_with_2(arguments, tmp_path):
-    done = run(*arguments, cwd=tmp_path)
+@pytest.mark.parametrize("usage", ["--steps many", "--steps 0", "--stops 3", "rebuilt"])
+def test_bad_usage_is_told_and_exits_with_2(usage, tmp_path):
+    done = run(*usage.split(), cwd=tmp_path)
     assert done.returncode == 2
     assert "usage: rebuild.py" in done.stderr
