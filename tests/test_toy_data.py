@@ -209,7 +209,7 @@ def test_sampling_costs_at_most_a_quarter_of_a_training_step():
         x, _ = data.sample(512, generator)
         clock.append(time.perf_counter())
         trainer.step(x)
-    turns = torch.tensor(clock).double().diff()[40:]
+    turns = torch.tensor(clock, dtype=torch.float64).diff()[40:]
     assert turns[0::2].median() <= turns[1::2].median() / 4
 
 
