@@ -8,20 +8,10 @@ import torch
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gated_sae import (
-    PENALTIES,
-    GatedSAE,
-    JumpReLUSAE,
-    Losses,
-    NaturalGatedSAE,
-    SigmoidGatedSAE,
-    SoftCutoffSAE,
-    StandardSAE,
-    encoded,
-    fast_losses,
-)
+import gated_sae
+from gated_sae import GatedSAE, JumpReLUSAE, NaturalGatedSAE, SigmoidGatedSAE, StandardSAE
 
-PENALTIES["normalized log"] = lambda f, norm: (2 * f).log1p()
+gated_sae.PENALTIES["normalized log"] = lambda f, norm: (2 * f).log1p()
 
 # Every variant and objective, as constructors of (d_in, d_sae, **options).
 VARIANTS = {
@@ -36,7 +26,7 @@ VARIANTS = {
     "gated norm frozen": partial(GatedSAE, penalty="norm_frozen"),
     "gated sigmoid": partial(SigmoidGatedSAE, aux=None),
     "gated natural": NaturalGatedSAE,
-    "soft cutoff": partial(SoftCutoffSAE, s=0.2),
+    "soft cutoff": partial(gated_sae.SoftCutoffSAE, s=0.2),
     "jumprelu": partial(JumpReLUSAE, bandwidth=1.0),  # wide: or no random π is near its θ
 }
 GATED = ["gated", "gated unfrozen", "gated without aux", "gated untied"]
@@ -95,9 +85,9 @@ def assert_oracle(reference, sae, x, *weights):
     has them, and, where it has a fast path, by hand, over all entries and over the support."""
     parameters = {name: p.detach().numpy() for name, p in sae.named_parameters()}
     expected, grads = reference(x.numpy(), parameters, *weights)
-    expected = Losses(*(torch.tensor(v, dtype=torch.float64) for v in expected))
-    by_hand = [False, True] if encoded(sae, x, None) else []
-    for losses in (sae.losses(x), *(fast_losses(sae, x, sparse) for sparse in by_hand)):
+    expected = gated_sae.Losses(*(torch.tensor(v, dtype=torch.float64) for v in expected))
+    by_hand = [False, True] if gated_sae.encoded(sae, x, None) else []
+    for losses in (sae.losses(x), *(gated_sae.fast_losses(sae, x, sparse) for sparse in by_hand)):
         assert_equal(losses, expected)
         total = sum(w * term for w, term in zip((*weights, 1.0), losses, strict=False))
         assert_equal(gradients(sae, total), {k: torch.from_numpy(v) for k, v in grads.items()})

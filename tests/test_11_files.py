@@ -233,22 +233,16 @@ def test_dictionary_learning_files_load_with_their_outputs_and_are_as_they_were(
     assert_equal((sae.encode(x), sae(x)), (recorded["f"], recorded["x_hat"]))
     for term in ("reconstruct", "sparsity", "aux") if name == "gated" else ():
         assert_equal(getattr(sae.losses(x), term), recorded[term])
-    assert_equal(gated_sae.to_dictionary_learning(sae), state, rtol=0, atol=0)
+    written = gated_sae.to_dictionary_learning(sae)
+    assert_equal(written, state, rtol=0, atol=0)
+    assert all(t.is_contiguous() for t in written.values())
     folder = published(tmp_path / "a", "ae.pt", **state)
     theirs = dict(dict_class="GatedAutoEncoder" if name == "gated" else "AutoEncoder", k=3)
     (folder / "config.json").write_text(json.dumps(dict(trainer=theirs)))
     assert_equal(load(folder).state_dict(), sae.state_dict(), rtol=0, atol=0)
-
-
-@given(st.sampled_from(["standard", "gated"]), sizes, seeds)
-def test_states_for_dictionary_learning_come_back_as_they_went(variant, size, seed):
-    sae = random_sae(variant, size, seed)
-    state = gated_sae.to_dictionary_learning(sae)
-    assert all(t.is_contiguous() for t in state.values())
-    back = from_dictionary_learning(state)
-    assert_equal(back.state_dict(), sae.state_dict(), rtol=0, atol=0)
-    state["encoder.weight"].zero_()  # a copy
-    assert min(sae.W_enc.abs().sum(), back.W_enc.abs().sum()) > 0
+    for tensor in (*written.values(), *state.values()):
+        tensor.zero_()
+    assert all((p != 0).all() for p in sae.parameters())  # both were copied
 
 
 @pytest.mark.parametrize("variant", ["gated untied", "jumprelu", "gated"])

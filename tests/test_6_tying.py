@@ -42,11 +42,3 @@ def test_the_jump_is_as_high_as_the_threshold(seed):
     just = 1e-9
     assert (jump_relu(torch.stack([at - just, at]), theta) == 0).all()
     assert_equal(jump_relu((at + just)[None], theta)[0], at, rtol=0, atol=1e-8)
-
-
-def test_untied_starts_as_tied():
-    x = random_batch(5, 4, seed=0).float()
-    tied, untied = GatedSAE(4, 8), GatedSAE(4, 8, tied=False)
-    assert_equal(tied.encode(x), untied.encode(x))
-    assert not hasattr(untied, "r_mag")
-    assert not hasattr(tied, "W_mag")
