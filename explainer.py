@@ -69,7 +69,8 @@ def world_gist(everything, n_features, steps):
     An SAE sees the rows and nothing else. It has four *latents*. Latent $i$ has a direction
     $d_i$ of length 1, and on each row a coefficient $f_i \ge 0$; it *fires* where $f_i > 0$. The
     $d_i$ are the rows of $W_\text{dec}$, the dictionary. The encoder computes the coefficients, the
-    decoder adds the directions up to the *reconstruction* $\hat x$; weights and biases are learned:
+    decoder adds the directions up to the *reconstruction* $\hat x$, which training, from a random
+    start, brings close to $x$:
 
     $$\begin{aligned} f &= \mathrm{ReLU}\big((x - b_\text{dec})\,W_\text{enc} + b_\text{enc}\big) \\
     \hat x &= \textstyle\sum_i f_i\, d_i + b_\text{dec} \end{aligned}$$
@@ -254,7 +255,7 @@ def gate_picture(ask_3, found_gated, found_standard, gate_panel, l1_gate, streng
 @app.cell(hide_code=True)
 def naive_gist(dying_l1, everything):
     _text = r"""
-    ## 4 · Why the obvious loss kills the gate
+    ## 4 · What the obvious loss does to the gate
 
     Now train it. The obvious loss is that of section 2, with $\tilde f$ in the reconstruction and
     the gate in the penalty; there, $\mathrm{ReLU}(\pi_\text{gate})$ stands in for the switch
@@ -470,7 +471,7 @@ def forty_lines(W_dec, batches, l1, lr):
     """Train a Gated SAE from the directions W_dec (d_sae, d_in); l1 is λ."""
     d_sae, d_in = W_dec.shape
     W_enc = W_dec.T.clone()
-    b_dec, b_gate, b_mag, r_mag = (torch.zeros(n) for n in (d_in, d_sae, d_sae, d_sae))
+    b_dec, b_gate, b_mag, r_mag = map(torch.zeros, (d_in, d_sae, d_sae, d_sae))
     parameters = [W_dec, W_enc, b_dec, b_gate, b_mag, r_mag]
     optimizer = torch.optim.Adam([p.requires_grad_() for p in parameters], lr)
 
@@ -514,9 +515,9 @@ def forty_picture(edit, n_features):
         None,
         mo.md(f"{_text}\n\n{_table}"),
         errors_chart(_runs),
-        "Table: on fresh rows of Flatland, 0.2 features a row, at λ = 0.8; variance unexplained, "
-        "the share of a lone feature's strength that comes back, by how much the worst direction "
-        "is off. Picture: `reconstruct` while training, means of ten steps.",
+        "Table: on fresh rows of Flatland, 0.2 features a row, λ = 0.8: L0; FVU, the fraction of "
+        "variance unexplained; the share of a lone feature's strength given back; by how much the "
+        "worst direction is off. Picture: `reconstruct` while training, means of ten steps.",
         _why,
         How_training_starts=source(gated_sae.start),
     )
@@ -578,9 +579,9 @@ def norms_picture(ask_7, measured, norms_aux, norms_history, norms_panel, norms_
         norms_sentence(_chosen, _end["norm"].item(), _end["step"], _ratio),
         "with a norm-weighted penalty, freeze the decoder in both L_aux and the penalty, or in "
         "neither. Frozen in L_aux alone, the norms collapse: shorter d_i are cheaper, exp(r_mag) "
-        "makes up for them, and L_aux, frozen, gives d_i no gradient. It can only let π_gate grow, "
-        "so gates open that should not. Frozen in the penalty alone, the norms swell: L_aux wants "
-        "d_i longer, and length is free.",
+        "makes up for them, and L_aux may not lengthen them. It finds its x̂ ever shorter, and "
+        "pulls all gates up: they open on weak traces too. Frozen in the penalty alone, the norms "
+        "swell: L_aux wants d_i longer, and length is free.",
         The_code=source(gated_sae.PENALTIES["norm_live"], gated_sae.PENALTIES["norm_frozen"]),
     )
     return
@@ -655,8 +656,8 @@ def frontier_gist(everything):
     many features" says that at equal FVU half as many latents *fire on a row*.
 
     Training a Gated SAE takes three products with a weight matrix a step (encoder, decoder, and
-    L_aux's decoder), where a Standard one takes two. So the fair opponent is also a Standard SAE
-    **1.5 times as wide**, at equal training compute.
+    L_aux's decoder), where a Standard one takes two. So a fair opponent is a Standard SAE **1.5
+    times as wide**, at equal training compute.
 
     **Predict first.** A Standard SAE with 1.5 times the latents costs the same to train. Does it
     catch up?
@@ -693,7 +694,7 @@ def frontier_picture(ask_9, beside, frontier_panel, runs, world_name):
         frontier_chart([r for r in _means if r["data"] == world_name.value], 4),
         "128 features in 32 dimensions, 4 (dashed) on a row: independent (plain); of very unequal "
         "frequency and fond of company (Zipf, correlated); children that occur only with their "
-        "parents (hierarchical). Each point is the mean of five SAEs, trained beforehand.",
+        "parents (hierarchical). Each point is the mean of five SAEs of 128 latents, or 192.",
         frontier_sentence(runs, world_name.value, "Standard 1.5x", beside.value),
     )
     return
@@ -792,7 +793,7 @@ def real_reading(model, on_corpus, saes, typed):
     _top = (on_text["Gated"].sum(0) * (_rates < 5)).topk(8).indices.tolist()
     _named = {f"{i}, which fires on {_rates[i]:.1f}% of bytes": i for i in _top}
     latent = mo.ui.dropdown(_named, value=next(iter(_named)))
-    controls({"of Gated's rarer latents, by how strongly they fire here": latent})
+    controls({"one of Gated's rarer latents, those that fire most here": latent})
     return ids, latent, on_text, x_typed
 
 
@@ -814,14 +815,15 @@ def real_picture(corpus, ids, latent, model, on_corpus, on_text, saes):
 
 
 @app.cell(hide_code=True)
-def real_splice(ids, model, saes, x_typed):
+def real_splice(ids, model, on_text, saes, x_typed):
     _gist = mo.md(r"""
     ### The splice, seen
 
     Put $\hat x$ in the place of $x$, and let the model go on. Each byte of your text is the darker
     the less the model expected it: as it is, through each SAE, and with zeros for $x$.
     """)
-    _puts = {"as it is": x_typed[None], **saes, "zeros": "zero"}
+    _puts = {f"{kind}, L0 {(f > 0).sum() / len(f):.1f}": saes[kind] for kind, f in on_text.items()}
+    _puts = {"as it is": x_typed[None], **_puts, "zeros": "zero"}
     _texts = spliced_texts(ids, byte_losses(model, ids, _puts))
     _keep = mo.md(
         "**Keep:** a latent is a direction and the places where it is used. Whether what it fires "
@@ -841,9 +843,9 @@ def language_gist(everything):
     With reconstructions in place of the original, what counts is how well the model predicts text
     that neither has read: its cross-entropy (**CE**, mean loss in nats per byte).
 
-    **Predict first.** In the toy worlds Gated needed half the latents or fewer at equal FVU. And
-    here, at equal CE?
-    * half or fewer | The lead holds downstream, on one small model. At equal FVU it looks larger
+    **Predict first.** In the larger worlds Gated needed half the latents or fewer at equal FVU.
+    And here, at equal CE?
+    * half or fewer | The lead holds downstream, if in a small model. At equal FVU it looks larger
       still: what counts for FVU is not quite what counts for the model.
     - about as many | It might have been: features of a real model need not be what the toy assumes.
       But the penalty shrinks here as it does there.
@@ -919,12 +921,12 @@ def recovered_picture(ablation, ask_11, recovered_panel, spoken):
 @app.cell(hide_code=True)
 def jump_gist(everything):
     _text = r"""
-    ## 11 · Why attribution cannot see the jump
+    ## 11 · What attribution sees of a jump
 
     Which latents of an SAE matter to a model's output? Patching answers: change one, run the model,
     look. That takes a run per latent. *Attribution* answers for all at once, from gradients.
-    *Integrated gradients* (IG) add the gradient up along the straight path from 0 to $z$, here the
-    $\pi_\text{mag}$ of a latent; for a continuous function they sum to the change of the output.
+    *Integrated gradients* (IG) add the gradient up while the pre-activation $\pi_\text{mag}$ of a
+    latent goes from 0 to $z$. For a continuous function they sum to the change of the output.
 
     A JumpReLU is not continuous. Apart from its jump it has the slopes of a ReLU shifted by
     $\theta$:
@@ -957,9 +959,9 @@ def jump_picture(ask_12, jump_panel, theta, z_end):
         "they are parallel: same slope, another height. A sum of slopes cannot tell one from the "
         "other.",
         jump_sentence(theta.value, z_end.value, jump_numbers(theta.value, z_end.value)),
-        "attribution is made of gradients, and a jump has none. Gradients of a JumpReLU, and so of "
-        "a Gated SAE, miss exactly θ for each latent that crosses its threshold. Patch where it "
-        "matters.",
+        "attribution is made of gradients, and a jump has none. Added up on the way from 0, they "
+        "miss exactly θ of each latent that crosses its threshold, in a JumpReLU SAE and so in a "
+        "Gated one. Patch where it matters.",
         The_code=source(claims.integrated_gradients, claims.attribution_patching),
     )
     return
@@ -1122,7 +1124,7 @@ def style():
     """Lines of text that can be read, on any screen."""
     return mo.Html("""<style>
     .markdown .paragraph { display: block; max-width: 70ch; }
-    .markdown :is(th, td) { padding: 0.2rem 0.3rem !important; font-size: 0.85rem; }
+    .markdown :is(th, td) { padding: 0.2rem !important; font-size: 0.8rem; }
     .control { display: flex; flex-wrap: wrap; gap: 0.2rem 0.8rem; align-items: center; }
     .bytes { display: block; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; }
     </style>""")
@@ -1406,11 +1408,10 @@ def freezing_sentence(measured):
     across = toy["across them, in the reconstruction's, aux unfrozen"]["mean"]
     ratios = [claims.shortly(of["L0 aux unfrozen / Gated"]) for of in (toy, real)]
     return (
-        f"Not frozen, its gradient on W_dec is for {100 * along:.0f}% of its length along the d_i, "
-        "in a larger world (section 9): it would make them longer, and unit norms take that out. "
-        f"Across them, where it turns them, it has {across:.2f} times the reconstruction's "
-        f"length. Unfrozen, an SAE needs {ratios[0]} times the L0 at equal reconstruction "
-        f"there, and {ratios[1]} times in the language model of section 10."
+        f"Not frozen, it would ask for longer d_i above all ({100 * along:.0f}% of its length, in "
+        "the plain world of section 9), and in vain, as norms are 1. The rest would turn the d_i, "
+        f"{across:.2f} times as hard as the reconstruction does, and costs latents: {ratios[0]} "
+        f"times as many at equal FVU there, {ratios[1]} times in section 10's model (± s.e.)."
     )
 
 
@@ -1530,14 +1531,15 @@ def norms_chart(histories, chosen):
     """Mean length of the d_i over training, a line for each setting."""
     steps = [point["step"] for point in histories[chosen]]
     of = {name: [point["norm"][0] for point in history] for name, history in histories.items()}
-    colours = [PALETTE["Gated"][0] if name == chosen else GREY for name in histories]
-    looks = zip(colours, ("circle", "square", "cross", "diamond"), strict=True)
+    looks = [(PALETTE["Gated"][0] if name == chosen else GREY, "circle") for name in of]
     y = axis(alt.Y, "mean length of d_i", [0.05, 0.1, 0.2, 0.5, 1, 2, 5], type="log")
     thick = alt.condition(f"datum.what == '{chosen}'", alt.value(4), alt.value(2))
-    values, x, (*_, end) = rows_of(of, steps), axis(alt.X, "training step"), of[chosen]
-    name = points([(chosen, 0, (steps[-1], float(end)))], x, y).encode(text="what:N")
-    name = name.mark_text(align="right", dy=16 if end < 1 else -14, color=PALETTE["Gated"][0])
-    return panel(lines(values, x, y, looks, 30, legend=False, strokeWidth=thick) + name, 300)
+    x = axis(alt.X, "training step")
+    chart = lines(rows_of(of, steps), x, y, looks, 30, legend=False, strokeWidth=thick)
+    for name, (*_, end) in of.items():
+        text = points([(name, 0, (steps[-1], float(end)))], x, y).encode(text="what:N")
+        chart += text.mark_text(align="right", dy=14 if end < 1 else -12, color=GREY)
+    return panel(chart, 300)
 
 
 @app.function
@@ -1650,13 +1652,13 @@ def why_gate_sentence(rows):
         real = over_gated(rows, variant, "language model", "lost")
         said.append(
             f"**{variant}** has {toy[0]:.2f} to {toy[-1]:.2f} times Gated's L0 at equal FVU on the "
-            f"three worlds, and {real:.2f} times in the language model at equal CE"
+            f"three worlds, and {real:.2f} times in the model of section 10, predicting as well"
         )
     return (
         f"{said[0]}: a repair afterwards mends magnitudes, but latents have been chosen under a "
-        f"penalty on size. {said[1]}. So gate, *or* train a threshold on L0: either keeps the "
-        "penalty off the magnitudes while latents are chosen, and that is what counts. JumpReLU "
-        "needs a made-up gradient for its switch; Gated a third term instead."
+        f"penalty on size. {said[1]}, its θ moving by at most lr a step. So gate, *or* train a "
+        "threshold on L0: either keeps the penalty off the magnitudes while latents are chosen. "
+        "JumpReLU needs a made-up gradient for its switch, and time; Gated a third term instead."
     )
 
 
@@ -1843,15 +1845,13 @@ def language_sentence(rows):
 @app.function
 def spliced_chart(found, key, title, levels=(), **scale):
     """A column of the language model's table against L0; levels: (number, name), drawn across."""
-    across = []
+    across, y = [], f"{key}:Q"
     for level, name in levels:
-        named = alt.Chart(alt.Data(values=[{key: level}])).encode(
-            y=f"{key}:Q", text=alt.value(name)
-        )
+        named = alt.Chart(alt.Data(values=[{key: level}])).encode(y=y, text=alt.value(name))
         dy = -7 if level == min(levels)[0] else 9
         across += [rule(y=level), named.mark_text(align="left", dx=4, dy=dy, x=0, color=GREY)]
     curves = measure.curves(found["table"], key, title, per="byte", log=False)
-    curves = curves.encode(alt.Y(f"{key}:Q", title=title, scale=alt.Scale(zero=False, **scale)))
+    curves = curves.encode(alt.Y(y, title=title, scale=alt.Scale(zero=False, **scale)))
     tips = [alt.Tooltip(f"{k}:Q", format=".3f") for k in ("l0", key)]
     return panel(alt.layer(*across, curves.encode(tooltip=["variant:N", *tips])), 280)
 
@@ -1868,7 +1868,7 @@ def recovered_sentence(found):
         f"In this model the **{kinder}** is the worse thing to put in: CE "
         f"{found['ce']['zero']:.2f} with zeros, {found['ce']['mean']:.2f} with the mean. So the "
         f"scores against the {kinder} are {gap[0]:.1f} to {gap[-1]:.1f} points higher. The "
-        f"order of the {len(rows)} SAEs is **{same}** under both."
+        f"order of the {len(rows)} points is **{same}** under both."
     )
 
 

@@ -277,9 +277,9 @@ SENTENCES = [
     (
         *("recovered", in_language(0.85, 3.0)),
         "the **mean** is the worse thing to put in: CE 3.00 with zeros, 3.50 with|scores against "
-        "the mean are 2.5 to 7.5 points higher|order of the 3 SAEs is **the same** under both",
+        "the mean are 2.5 to 7.5 points higher|order of the 3 points is **the same** under both",
     ),
-    ("recovered", in_language(0.95, 3.0), "the 3 SAEs is **not the same** under both"),
+    ("recovered", in_language(0.95, 3.0), "the 3 points is **not the same** under both"),
     ("recovered", in_language(0.95, 4.0), "the **zero** is the worse"),
 ]
 MEASURED = {row["id"]: row["measured"] for row in CLAIMS}
@@ -340,7 +340,7 @@ def test_sentences_on_the_language_model_quote_the_claims():
         ratio = of[number][f"L0 {kind} / Gated{what}, language model"]["mean"]
         assert f"{ratio:.2f}" in explainer.language_sentence(rows)
     ratio = claims.shortly(of["G6"]["L0 aux unfrozen / Gated"])
-    assert f"{ratio} times in the language" in explainer.freezing_sentence(MEASURED["G6"])
+    assert f"{ratio} times in section 10" in explainer.freezing_sentence(MEASURED["G6"])
     ratio = of["A1"]["L0 rescale & shift / Gated, equal CE"]["mean"]
     said = explainer.why_gate_sentence([*RUNS, *rows])
-    assert f"{ratio:.2f} times in the language model at equal CE: a repair" in said
+    assert f"{ratio:.2f} times in the model of section 10, predicting as well: a repair" in said
