@@ -69,8 +69,8 @@ def world_gist(everything, n_features, steps):
     An SAE sees the rows and nothing else. It has four *latents*. Latent $i$ has a direction
     $d_i$ of length 1, and on each row a coefficient $f_i \ge 0$; it *fires* where $f_i > 0$. The
     $d_i$ are the rows of $W_\text{dec}$, the dictionary. The encoder computes the coefficients, the
-    decoder adds the directions up to the *reconstruction* $\hat x$, which training, from a random
-    start, brings close to $x$:
+    decoder adds the directions up to the *reconstruction* $\hat x$, which training,
+    of weights $W$ and biases $b$ from a random start, brings close to $x$:
 
     $$\begin{aligned} f &= \mathrm{ReLU}\big((x - b_\text{dec})\,W_\text{enc} + b_\text{enc}\big) \\
     \hat x &= \textstyle\sum_i f_i\, d_i + b_\text{dec} \end{aligned}$$
@@ -468,7 +468,7 @@ def forty_gist():
 
 @app.function
 def forty_lines(W_dec, batches, l1, lr):
-    """Train a Gated SAE from the directions W_dec (d_sae, d_in); l1 is λ."""
+    """Train a Gated SAE from W_dec (d_sae, d_in), and yield its losses; l1 is λ."""
     d_sae, d_in = W_dec.shape
     W_enc = W_dec.T.clone()
     b_dec, b_gate, b_mag, r_mag = map(torch.zeros, (d_in, d_sae, d_sae, d_sae))
@@ -515,7 +515,7 @@ def forty_picture(edit, n_features):
         None,
         mo.md(f"{_text}\n\n{_table}"),
         errors_chart(_runs),
-        "Table: on fresh rows of Flatland, 0.2 features a row, λ = 0.8: L0; FVU, the fraction of "
+        f"Table: on fresh rows, {0.05 * n_features:g} features each, λ = 0.8: L0; FVU, the part of "
         "variance unexplained; the share of a lone feature's strength given back; by how much the "
         "worst direction is off. Picture: `reconstruct` while training, means of ten steps.",
         _why,
@@ -1021,8 +1021,8 @@ def questions():
       an error of δ² and saves λδ, so it pays until δ = λ/2.
     - What does gating separate, and why? | 3 | Which latents fire from how strongly. Only the first
       should cost something, so magnitudes answer to the reconstruction alone.
-    - Why does the obvious loss kill the gate? | 4 | A switch passes no gradient, so reconstruction
-      cannot ask a gate to open. The penalty's gradient on b_gate is never negative: all close.
+    - What does the obvious loss do to the gate? | 4 | A switch passes no gradient, so nothing
+      asks a gate to open. The penalty's gradient on b_gate is never negative: all close.
     - What does the auxiliary task do, and what its frozen decoder? | 5 | It pulls gates open,
       against the penalty. Not frozen, it would want longer d_i, in vain where norms are 1, and turn
       them a little towards what suits coefficients that are too small.
@@ -1037,8 +1037,8 @@ def questions():
       line. Their product is the squared cosine of x and x̂, 1 only where they lie on one line.
     - What does "half as many features" mean? | 9 | At equal reconstruction, half as many latents
       fire on a row. The dictionary has the same size; how many features were found is not said.
-    - Why can attribution not see the jump? | 11 | It is made of gradients, and a jump has none: θ
-      is missing for each latent that crosses its threshold, as for a shifted ReLU.
+    - What does attribution see of a jump? | 11 | Nothing: it is made of gradients, and a jump has
+      none. Added up from 0 they give what a ReLU shifted by θ would have.
     - Where did the field go next, and what can toy data not show? | 12 | To JumpReLU (θ trained on
       L0), TopK and BatchTopK; Gated is legacy in SAELens. Toy data cannot show whether a model's
       features exist, are straight lines and can be interpreted, nor what scale changes.
@@ -1409,9 +1409,9 @@ def freezing_sentence(measured):
     ratios = [claims.shortly(of["L0 aux unfrozen / Gated"]) for of in (toy, real)]
     return (
         f"Not frozen, it would ask for longer d_i above all ({100 * along:.0f}% of its length, in "
-        "the plain world of section 9), and in vain, as norms are 1. The rest would turn the d_i, "
-        f"{across:.2f} times as hard as the reconstruction does, and costs latents: {ratios[0]} "
-        f"times as many at equal FVU there, {ratios[1]} times in section 10's model (± s.e.)."
+        "the plain world of section 9), and in vain, as norms are 1. What is across them turns the "
+        f"d_i, {across:.2f} times as hard as the reconstruction does, and costs latents: "
+        f"{ratios[0]} times as many at equal FVU there, {ratios[1]} times in section 10's model."
     )
 
 
@@ -1441,9 +1441,9 @@ def edits():
         "d_in = 4096 it would weigh 4096 times as much.",
         "Projected when it has been used, the gradient still moves the lengths. They are brought "
         "back to 1, so it hardly shows here; but Adam's averages hear of what is never kept.",
-        "Reconstructions begin ten times too long, and training has to undo it. A wide SAE does so "
-        "by itself: from W_enc = W_decᵀ, half of the gates open, x̂ is d_sae / (2 d_in) times too "
-        "long. So `gated_sae.py` starts W_enc a tenth as long, and gates at z = 2 √E z².",
+        "Reconstructions begin ten times too long, and training has to undo it. A wide SAE begins "
+        "so by itself: with W_enc = W_decᵀ and half of its gates open, x̂ is d_sae / (2 d_in) times "
+        "x: 1 here, often 16. So `gated_sae.py` starts W_enc a tenth as long.",
     ]
     return dict(zip(changes, zip(changes.values(), why, strict=True), strict=True))
 
@@ -1652,12 +1652,12 @@ def why_gate_sentence(rows):
         real = over_gated(rows, variant, "language model", "lost")
         said.append(
             f"**{variant}** has {toy[0]:.2f} to {toy[-1]:.2f} times Gated's L0 at equal FVU on the "
-            f"three worlds, and {real:.2f} times in the model of section 10, predicting as well"
+            f"three worlds, and {real:.2f} times in the model of section 10, at equal prediction"
         )
     return (
         f"{said[0]}: a repair afterwards mends magnitudes, but latents have been chosen under a "
-        f"penalty on size. {said[1]}, its θ moving by at most lr a step. So gate, *or* train a "
-        "threshold on L0: either keeps the penalty off the magnitudes while latents are chosen. "
+        f"penalty on size. {said[1]}: θ can move by one learning rate a step. So gate, *or* train "
+        "a threshold on L0: either keeps the penalty off the magnitudes while latents are chosen. "
         "JumpReLU needs a made-up gradient for its switch, and time; Gated a third term instead."
     )
 

@@ -177,6 +177,11 @@ def apart(call, before="import sys; sys.path.append('tests'); from bench import 
     return done.stdout.splitlines()[-1] if done.returncode == 0 else f"failed: {done.stderr[-300:]}"
 
 
+def peak(name, size):
+    said = apart(f"print_memory({name!r}, {size})")
+    return int(said) if said.isdigit() else math.nan  # the rest is worth having
+
+
 def print_memory(name, size):
     x, W_dec, bias = problem(*size)
     runs_here(name)  # imports it
@@ -233,8 +238,7 @@ def on_cpu(names, quick):
     for size in SIZES[: 3 if quick else 4]:
         x, W_dec, bias = problem(*size)
         times = interleaved({n: RUNS[n](x, W_dec, bias) for n in names}, x, 2 if quick else 20)
-        weighed = [name for name in names if name in ("ours", *PEERS)]
-        peaks = {name: int(apart(f"print_memory({name!r}, {size})")) for name in weighed}
+        peaks = {name: peak(name, size) for name in names if name in ("ours", *PEERS)}
         yield in_ours(size, {name: (median(times[name]), peaks.get(name)) for name in names})
     yield from besides(names, 100 if quick else 400)
 
@@ -244,24 +248,24 @@ def besides(names, steps):
     found = {"twelve steps alone, in one of twelve in a stack": stacked(*problem(*SIZES[0]))}
     if "SAELens" in names:
         wide = (2048, 512, 65536, 64)
-        peaks = [int(apart(f"print_memory({n!r}, {wide})")) for n in ("SAELens", "whole run")]
-        found["SAELens's memory, d_sae 65536, in that of a whole run"] = peaks[0] / peaks[1]
+        ratio = peak("SAELens", wide) / peak("whole run", wide)
+        found["SAELens's memory, d_sae 65536, in that of a whole run"] = ratio
         found[f"SAELens's {steps} steps at twelve λ, in ours"] = sweep(steps)
-    for what, ratio in found.items():
-        yield {"besides": what, "times": f"{ratio:.2f}"}
+    return [{"besides": what, "times": f"{ratio:.2f}"} for what, ratio in found.items()]
 
 
 def speed(quick, store):
-    """Tables, with the peers that are installed; the rows go to `store`, results/speed.jsonl, say,
-    in place of those of a machine of the same name."""
+    """Tables; the rows go to `store`, in place of those that are `on` the same."""
+    kept = [*map(json.loads, store.read_text().splitlines())] if store and store.exists() else []
     names = [name for name in RUNS if name != "whole run" and runs_here(name)]
     on = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
     rows = [{"on": on} | row for row in (on_cuda if DEVICE == "cuda" else on_cpu)(names, quick)]
     print(f"torch {torch.__version__}, {on}", *speed_tables(rows), sep="\n\n")
     if store:
-        kept = map(json.loads, store.read_text().splitlines() if store.exists() else [])
         rows = [*(row for row in kept if row["on"] != on), *rows]
-        store.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        new = store.with_name(f"{store.name}.new")
+        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        new.replace(store)
 
 
 def speed_tables(rows):
@@ -562,7 +566,9 @@ if __name__ == "__main__":
     for name, value in (SIZE | {"seeds": 1}).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="quality")
     parser.add_argument("--samples", type=float, default=200e6, help="synth")
-    parser.add_argument("--store", type=Path, help="of rows; of quality: FILE.npy.quality.jsonl")
+    parser.add_argument(
+        "--store", type=Path, help="of rows; quality: default FILE.npy.quality.jsonl"
+    )
     args = parser.parse_args()
     if args.what[:1] == ["quality"] and len(args.what) > 1:
         size, data = {name: getattr(args, name) for name in SIZE}, args.what[1]
@@ -570,6 +576,8 @@ if __name__ == "__main__":
         quality(data, args.what[2:], size, args.seeds, store)
     elif args.what == ["synth"]:
         synth(args.samples, [20.0, 25.0])
+    elif args.quick and args.store:
+        parser.error("--quick is not for keeping: got --store as well")
     elif args.what:
         parser.error(f"got {args.what}, expected quality FILE.npy|synthetic [NAME ...], or synth")
     else:

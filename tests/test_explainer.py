@@ -343,4 +343,4 @@ def test_sentences_on_the_language_model_quote_the_claims():
     assert f"{ratio} times in section 10" in explainer.freezing_sentence(MEASURED["G6"])
     ratio = of["A1"]["L0 rescale & shift / Gated, equal CE"]["mean"]
     said = explainer.why_gate_sentence([*RUNS, *rows])
-    assert f"{ratio:.2f} times in the model of section 10, predicting as well: a repair" in said
+    assert f"{ratio:.2f} times in the model of section 10, at equal prediction: a repair" in said
