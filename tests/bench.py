@@ -29,16 +29,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gated_sae import (
-    KINDS,
-    GatedSAE,
-    Trainer,
-    evaluate,
-    fast_losses,
-    rescaled,
-    step_on_unit_norm,
-    train,
-)
+import gated_sae
+from gated_sae import GatedSAE, Trainer, evaluate, fast_losses, rescaled, train
 from results.measure import activations, as_markdown, at_fvu, epochs, members, remembered, spread
 from toy_data import SuperpositionData
 
@@ -71,7 +63,7 @@ def ours(losses, x, W_dec, bias, stack=()):
     def step(x):
         optimizer.zero_grad()
         losses(sae, x).total(L1).sum().backward()
-        step_on_unit_norm(optimizer, sae.W_dec)
+        gated_sae.step_on_unit_norm(optimizer, sae.W_dec)
 
     return step
 
@@ -318,7 +310,7 @@ def rows_of(data):
 
 
 def quality_ours(kind, d_in, d_sae, steps, batch, lr, strength, seed):
-    sae = KINDS[kind](d_in, d_sae, generator=torch.Generator().manual_seed(seed))
+    sae = gated_sae.KINDS[kind](d_in, d_sae, generator=torch.Generator().manual_seed(seed))
     trainer = Trainer(sae, l1=strength, steps=steps, lr=lr, device="cpu")
     return lambda i, x: trainer.step(x), sae.encode, sae.decode, lambda: sae.W_dec
 

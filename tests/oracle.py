@@ -45,13 +45,17 @@ def gated(x, p, a=1.0, l1=1.0, c=1.0, aux="frozen"):
 
 
 def standard(x, p, a=1.0, l1=1.0):
-    """Losses and gradients of a Standard SAE: of a Gated one whose paths are equal, without aux."""
-    b_enc = p["b_enc"]
-    same = {"b_gate": b_enc, "b_mag": b_enc, "r_mag": 0 * b_enc}
-    losses, g = gated(x, p | same, a, l1, aux=None)
-    g["b_enc"] = g.pop("b_gate") + g.pop("b_mag")
-    del g["r_mag"]
-    return losses, g
+    """Losses and gradients of a Standard SAE."""
+    n = len(x)
+    xc = x - p["b_dec"]
+    pi = xc @ p["W_enc"] + p["b_enc"]
+    f = np.maximum(pi, 0)
+    error = f @ p["W_dec"] + p["b_dec"] - x
+    d_x_hat = 2 * a * error / n
+    d_pi = (d_x_hat @ p["W_dec"].T + l1 / n) * np.where(pi > 0, 1.0, 0.0)
+    g = {"b_enc": d_pi.sum(0), "W_enc": xc.T @ d_pi, "W_dec": f.T @ d_x_hat}
+    g["b_dec"] = d_x_hat.sum(0) - (d_pi @ p["W_enc"].T).sum(0)
+    return ((error**2).sum() / n, f.sum() / n, 0.0), g
 
 
 def jumprelu(x, p, eps, a=1.0, l0=1.0):
