@@ -468,7 +468,7 @@ def forty_gist():
 
 @app.function
 def forty_lines(W_dec, batches, l1, lr):
-    """Train a Gated SAE from W_dec (d_sae, d_in), and yield its losses; l1 is λ."""
+    """Train a Gated SAE from W_dec (d_sae, d_in); yield losses. l1 is λ."""
     d_sae, d_in = W_dec.shape
     W_enc = W_dec.T.clone()
     b_dec, b_gate, b_mag, r_mag = map(torch.zeros, (d_in, d_sae, d_sae, d_sae))
